@@ -1,0 +1,66 @@
+"""autoseg: self-configuring medical image segmentation.
+
+    plan = autoseg.plan(dataset, fingerprint, planner="default", gpu_memory_gb=8)
+    model = autoseg.load("work", device="cuda")
+    labels = model.predict(image_czyx, spacing_zyx_mm=(1, 1, 1))
+
+Everything heavy is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from autoseg.inference import Model
+    from autoseg.types.dataset import Dataset
+    from autoseg.types.fingerprint import Fingerprint
+    from autoseg.types.plan import Plan
+
+_SUBPACKAGES = ("arrays", "datasets", "files", "networks", "planners", "stages", "trainers", "types")
+
+
+def plan(dataset: Dataset, fingerprint: Fingerprint, planner: str = "default", gpu_memory_gb: float | None = None) -> Plan:
+    """Plan from records, without files.
+
+    Args:
+        dataset: channels and labels (see autoseg.datasets.read and autoseg.datasets.nnunet).
+        fingerprint: what was measured.
+        planner: a planner's name.
+        gpu_memory_gb: memory budget; None means the planner's own default.
+
+    Raises:
+        PlanError: no plan can be made; PluginError: unknown planner.
+    """
+    from autoseg.planners.registry import get_planner
+
+    return get_planner(planner)(dataset, fingerprint, gpu_memory_gb)
+
+
+def load(
+    path: str | Path, device: str = "auto", precision: str = "auto", folds: Sequence[int] | None = None, mirror: bool = True
+) -> Model:
+    """Load the selected networks of a work folder for prediction from Python.
+
+    Raises:
+        RecordError: not a work folder; RunError: nothing trained, or the device cannot be used.
+    """
+    from autoseg.files.workspace import Workspace
+    from autoseg.stages.predict import Options, chosen, load_model
+
+    workspace = Workspace(path).require()
+    runs, postprocessing = chosen(workspace)
+    options = Options(folds=None if folds is None else tuple(folds), device=device, precision=precision, mirror=mirror)
+    return load_model(workspace, runs, options, postprocessing)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"autoseg.{name}")
+    raise AttributeError(f"module 'autoseg' has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""Functions on arrays, without input or output: crop, resample, normalise, tile, restore, measure."""

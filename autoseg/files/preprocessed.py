@@ -1,0 +1,308 @@
+"""The store of preprocessed cases: one folder per case with compressed arrays that are read in parts."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoseg.errors import RecordError
+from autoseg.files.workspace import load_record, save_record
+from autoseg.types.case import Placement, Preprocessed
+from autoseg.types.geometry import Shape
+from autoseg.types.record import Record
+
+FORMAT: Literal[1] = 1
+IMAGE, LABEL, LOCATIONS, CASE = "image.b2nd", "label.b2nd", "locations.bin", "case.json"
+ANNOTATED = 0  # key of the locations of all annotated voxels, there when the data set has an ignore label
+MIN_LOCATIONS, LOCATIONS_SHARE = 10_000, 0.01  # nnU-Net
+_HALF_RANGE = (1e-3, 60_000.0)  # largest magnitudes that float16 keeps to its 11 bits
+_BLOCK, _PLANE_BLOCK = 32, 128
+_LEFTOVER_SECONDS = 3600.0
+
+Slices = tuple[slice, slice, slice]
+Sources = tuple[tuple[str, int, int], ...]
+WHOLE: Slices = (slice(None), slice(None), slice(None))
+
+
+class CaseRecord(Record):
+    """What case.json holds: the key the case was made with, how it lies in its image, and what its files hold.
+
+    `locations` counts the stored positions of each target in file order, `files` gives the size of each file in bytes;
+    `content` is the hash of the original files, which were in the state `sources`.
+    """
+
+    format: Literal[1] = FORMAT
+    case: str
+    key: str
+    channels: int
+    placement: Placement
+    locations: dict[int, int]
+    files: dict[str, int]
+    content: str = ""
+    sources: Sources = ()
+
+
+def source_states(paths: Sequence[Path]) -> Sources:
+    """Return path, size and modification time of each file: while these stay, its bytes are taken to stay too."""
+    return tuple((str(path), (state := path.stat()).st_size, state.st_mtime_ns) for path in paths)
+
+
+def content_hash(paths: Sequence[Path]) -> str:
+    """Return the BLAKE2b hash of the bytes of files, in the order given; names and folders do not count."""
+    whole = hashlib.blake2b(digest_size=16)
+    for path in paths:
+        with path.open("rb") as file:
+            whole.update(hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest())
+    return whole.hexdigest()
+
+
+def _seed(key: str) -> int:
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+
+
+def class_locations(
+    label_zyx: NDArray[np.integer], targets: Sequence[tuple[str, tuple[int, ...]]], ignore_index: int | None, key: str,
+) -> dict[int, NDArray[np.int64]]:
+    """Return sorted flat positions of voxels of each target that is present, keyed 1..K in the order of `targets`.
+
+    Up to max(10000, 1 %) voxels of a target, drawn without replacement by a generator seeded with `key`. With an ignore label
+    key 0 holds positions among all voxels that do not carry it.
+    """
+    flat = label_zyx.reshape(-1)
+    foreground = np.flatnonzero(flat > 0)
+    values = flat[foreground]
+    found = {index: foreground[np.isin(values, members)] for index, (_, members) in enumerate(targets, start=1)}
+    if ignore_index is not None:
+        found[ANNOTATED] = np.flatnonzero(flat != ignore_index)
+    locations = {}
+    for index, places in sorted(found.items()):
+        count = min(len(places), max(MIN_LOCATIONS, int(LOCATIONS_SHARE * len(places))))
+        if count:
+            rng = np.random.default_rng([_seed(key), index])
+            drawn = places if count == len(places) else rng.choice(places, count, replace=False, shuffle=False)
+            locations[index] = np.sort(drawn).astype(np.int64)
+    return locations
+
+
+def _layout(shape: Shape, patch_size: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return (chunk, block) shapes: chunks about a patch, blocks small enough that little is read in vain."""
+    flat = len(patch_size) == 2
+    patch = (1, *patch_size) if flat else tuple(patch_size)
+    side = (1, _PLANE_BLOCK, _PLANE_BLOCK) if flat else (_BLOCK,) * 3
+    block = tuple(min(b, n) for b, n in zip(side, shape, strict=True))
+    chunk = tuple(min(-(-max(p, b) // b) * b, -(-n // b) * b) for p, b, n in zip(patch, block, shape, strict=True))
+    return chunk, block
+
+
+def _write_array(path: Path, array: NDArray[Any], chunk: tuple[int, ...], block: tuple[int, ...]) -> None:
+    import blosc2
+
+    lead = (1,) * (array.ndim - 3)
+    chunk = tuple(min(c, n) for c, n in zip((*lead, *chunk), array.shape, strict=True))
+    cparams = {"codec": blosc2.Codec.LZ4, "clevel": 5, "filters": [blosc2.Filter.BITSHUFFLE], "nthreads": 1}
+    whole = np.ascontiguousarray(array)
+    blosc2.asarray(whole, urlpath=str(path), mode="w", chunks=chunk, blocks=(*lead, *block), cparams=cparams)
+
+
+def _stored_kind(image_czyx: NDArray[np.float32]) -> type[np.float16] | type[np.float32]:
+    """float16, unless a channel's values are too large or too small for it."""
+    for channel in image_czyx:
+        peak = max(abs(float(channel.max())), abs(float(channel.min())))
+        if peak > _HALF_RANGE[1] or 0 < peak < _HALF_RANGE[0]:
+            return np.float32
+    return np.float16
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_case(
+    folder: Path, case: Preprocessed, key: str, targets: Sequence[tuple[str, tuple[int, ...]]] = (),
+    ignore_index: int | None = None, patch_size: Sequence[int] = (128, 128, 128), content: str = "", sources: Sources = (),
+) -> None:
+    """Write a case to `folder`, whose name is the case's, replacing an older one only when all of it is on disk.
+
+    Images are stored as float16 where that keeps their precision, labels as int16; `targets` are `Labels.targets`, whose voxel
+    positions are stored for sampling; the patch size guides the chunks; content and sources describe the original files.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        chunk, block = _layout(case.placement.shape, patch_size)
+        counts: dict[int, int] = {}
+        _write_array(temporary / IMAGE, case.image_czyx.astype(_stored_kind(case.image_czyx)), chunk, block)
+        if case.label_zyx is not None:
+            _write_array(temporary / LABEL, case.label_zyx.astype(np.int16, copy=False), chunk, block)
+            locations = class_locations(case.label_zyx, targets, ignore_index, key)
+            kind = _position_kind(case.placement.shape)
+            (temporary / LOCATIONS).write_bytes(b"".join(places.astype(kind).tobytes() for places in locations.values()))
+            counts = {index: len(places) for index, places in locations.items()}
+        names = sorted(path.name for path in temporary.iterdir())
+        for name in names:
+            _flush(temporary / name)
+        sizes = {name: (temporary / name).stat().st_size for name in names}
+        record = CaseRecord(
+            case=folder.name, key=key, channels=len(case.image_czyx), placement=case.placement, locations=counts, files=sizes,
+            content=content, sources=sources,
+        )
+        save_record(temporary / CASE, record)
+        temporary.chmod(0o755)
+        remove_case(folder)
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_case(folder: Path) -> None:
+    """Remove a stored case, if it is there; it is renamed first, so that a half-removed case is never taken for a whole one."""
+    if folder.exists():
+        trash = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        folder.replace(trash / "old")
+        shutil.rmtree(trash, ignore_errors=True)
+
+
+def remove_leftovers(parent: Path) -> None:
+    """Remove temporary folders that a killed process left in `parent` more than an hour ago."""
+    if not parent.is_dir():
+        return
+    for path in parent.glob(".*"):
+        with contextlib.suppress(OSError):
+            if path.is_dir() and time.time() - path.stat().st_mtime > _LEFTOVER_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def stored_record(folder: Path) -> CaseRecord | None:
+    """Return the record of a whole stored case; None when there is none or it is damaged."""
+    try:
+        return open_case(folder).record
+    except RecordError:
+        return None
+
+
+def _position_kind(shape: Shape) -> np.dtype[Any]:
+    """How positions in an array of this shape are stored."""
+    return np.dtype("<u4") if math.prod(shape) < 1 << 32 else np.dtype("<u8")
+
+
+def _damaged(folder: Path, problem: object) -> RecordError:
+    return RecordError(f"preprocessed case {folder.name} in {folder} is damaged: {problem}; "
+                       f"remove that folder and run autoseg preprocess")
+
+
+class StoredCase:
+    """A stored case; safe to read from many threads at once, as each read opens the array anew (0.1 ms)."""
+
+    def __init__(self, folder: Path, record: CaseRecord) -> None:
+        self.folder, self.record = folder, record
+        self.name = folder.name
+        self.key = record.key
+        self.channels = record.channels
+        self.placement = record.placement
+        self.shape: Shape = record.placement.shape
+        self.has_label = LABEL in record.files
+
+    def _read(self, name: str, slices: Slices) -> NDArray[Any]:
+        import blosc2
+
+        lead = (self.channels,) if name == IMAGE else ()
+        size = tuple(len(range(*part.indices(n))) for part, n in zip(slices, self.shape, strict=True))
+        if 0 in size:
+            return np.zeros((*lead, *size), np.int16)
+        try:
+            array = blosc2.open(str(self.folder / name), mmap_mode="r", dparams={"nthreads": 1})
+            if array.shape != (*lead, *self.shape):
+                raise _damaged(self.folder, f"{name} has shape {array.shape}, expected {(*lead, *self.shape)}")
+            part: NDArray[Any] = array[(*(slice(None) for _ in lead), *slices)]
+        except (OSError, RuntimeError, ValueError) as error:
+            raise _damaged(self.folder, f"{name} cannot be read ({error})") from None
+        return part
+
+    def read_image(self, slices: Slices = WHOLE) -> NDArray[np.float32]:
+        """Return a part of all channels, float32 (C, z, y, x). Raises RecordError when the file is damaged or missing."""
+        return self._read(IMAGE, slices).astype(np.float32)
+
+    def read_label(self, slices: Slices = WHOLE) -> NDArray[np.int16]:
+        """Return a part of the label map, int16 (z, y, x). Raises RecordError when the file is damaged or missing."""
+        return self._read(LABEL, slices).astype(np.int16, copy=False)
+
+    @property
+    def locations(self) -> Locations:
+        """Sampled voxels of each target that is present."""
+        return Locations(self)
+
+
+class Locations(Mapping[int, NDArray[np.int32]]):
+    """Voxel positions, int32 (N, 3), of each target that is present, by its index 1..K; key 0 as in `class_locations`.
+
+    Nothing is kept in memory: an entry is read when it is asked for, the keys come from the case's record.
+    """
+
+    def __init__(self, case: StoredCase) -> None:
+        self._case = case
+        self._counts = case.record.locations
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._counts)
+
+    def __len__(self) -> int:
+        return len(self._counts)
+
+    def __contains__(self, target: object) -> bool:
+        return target in self._counts
+
+    def __getitem__(self, target: int) -> NDArray[np.int32]:
+        count, shape = self._counts[target], self._case.shape
+        start = 0
+        for other, size in self._counts.items():
+            if other == target:
+                break
+            start += size
+        kind = _position_kind(shape)
+        try:
+            places = np.fromfile(self._case.folder / LOCATIONS, kind, count, offset=start * kind.itemsize)
+        except OSError as error:
+            raise _damaged(self._case.folder, f"{LOCATIONS} cannot be read ({error})") from None
+        if len(places) != count:
+            raise _damaged(self._case.folder, f"{LOCATIONS} is truncated")
+        return np.stack(np.unravel_index(places.astype(np.int64), shape), axis=1).astype(np.int32)
+
+
+def open_case(folder: Path) -> StoredCase:
+    """Open a stored case; arrays are read later, in parts.
+
+    Raises RecordError naming the case when it is missing, of another format or its files do not have the recorded sizes.
+    """
+    if not (folder / CASE).is_file():
+        raise RecordError(f"case {folder.name} is not preprocessed: {folder} holds no {CASE}; run autoseg preprocess")
+    try:
+        record = load_record(folder / CASE, CaseRecord)
+    except RecordError as error:
+        raise _damaged(folder, error) from None
+    for name, size in record.files.items():
+        found = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if found != size:
+            raise _damaged(folder, f"{name} {'is missing' if found is None else f'has {found} bytes'}, expected {size} bytes")
+    return StoredCase(folder, record)
+
+
+def digest(values: Any) -> str:
+    """Return a short hash of plain data, for keys."""
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

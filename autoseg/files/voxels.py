@@ -1,0 +1,81 @@
+"""Filling an array from a stream, plain or packed, with every early end and every failed checksum told."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoseg.errors import DatasetError
+
+_BLOCK = 1 << 22
+_MOST_EXTRA = 1 << 24
+
+
+def igzip() -> Any:
+    """The fast gzip module."""
+    from isal import igzip
+
+    return igzip
+
+
+@contextmanager
+def unpacking() -> Iterator[None]:
+    """Turn what gzip and zlib raise for damaged data into DatasetError."""
+    from isal import isal_zlib
+
+    damage: Any = (igzip().BadGzipFile, isal_zlib.error, zlib.error)
+    try:
+        yield
+    except EOFError:
+        raise DatasetError("is truncated: its packed data end early; copy or export it again") from None
+    except damage as error:
+        raise DatasetError(f"has damaged packed data ({error}); copy or export it again") from None
+
+
+class Deflated:
+    """A zlib stream read like a file, checked against its checksum at the end."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        from isal import isal_zlib
+
+        self._stream: Any = stream
+        self._decoder: Any = isal_zlib.decompressobj()
+
+    def readinto(self, target: memoryview) -> int:
+        """Fill as much of `target` as one block gives; 0 at the end. Raises EOFError when the stream ends early."""
+        while not self._decoder.eof:
+            packed = self._decoder.unconsumed_tail or self._stream.read(_BLOCK)
+            data = self._decoder.decompress(packed, len(target))
+            if data:
+                target[:len(data)] = data
+                return len(data)
+            if not packed:
+                raise EOFError
+        return 0
+
+
+def fill(stream: Any, dtype: np.dtype[Any], count: int, packed: bool) -> NDArray[Any]:
+    """Read exactly `count` numbers; a packed stream is read to its end, where it compares its checksum.
+
+    Raises DatasetError when the stream ends early, or goes on for long.
+    """
+    flat = np.empty(count, dtype)
+    view = memoryview(flat.view(np.uint8))  # type: ignore[arg-type]
+    done = 0
+    while done < len(view):
+        got = stream.readinto(view[done:done + _BLOCK])
+        if not got:
+            raise DatasetError(f"is truncated: expected {len(view)} bytes of voxels, found {done}; copy or export it again")
+        done += got
+    rest = memoryview(bytearray(_BLOCK))
+    extra = 0
+    while packed and (got := stream.readinto(rest)):
+        extra += got
+        if extra > _MOST_EXTRA:
+            raise DatasetError(f"is damaged: its data go on after the {len(view)} bytes of voxels that its header declares")
+    return flat

@@ -1,0 +1,1 @@
+"""Networks: described without torch, built with it."""

@@ -1,0 +1,123 @@
+"""Description -> torch module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from autoseg.networks.describe import Description, Node
+
+SLOPE = 0.01  # of the leaky ReLU and of He initialisation (nnU-Net)
+
+
+class ConvUnit(nn.Module):
+    """Convolution, instance norm, leaky ReLU; the latter two where the node asks for them."""
+
+    def __init__(self, node: Node, inputs: int, dims: int) -> None:
+        super().__init__()
+        conv: Any = nn.Conv3d if dims == 3 else nn.Conv2d
+        norm = nn.InstanceNorm3d if dims == 3 else nn.InstanceNorm2d
+        padding = tuple((k - 1) // 2 for k in node.kernel)
+        self.conv: nn.Module = conv(inputs, node.channels, node.kernel, node.stride, padding, bias=node.bias)
+        self.norm: nn.Module | None = norm(node.channels, eps=1e-5, affine=True) if node.norm else None
+        self.activation: nn.Module | None = nn.LeakyReLU(SLOPE, inplace=True) if node.activation else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, inputs, *size) -> (batch, channels, *size / stride)."""
+        x = self.conv(x)
+        if self.norm is not None:
+            x = self.norm(x)
+        return x if self.activation is None else self.activation(x)
+
+
+class Network(nn.Module):
+    """Runs a description node by node; values are dropped after their last use."""
+
+    def __init__(self, description: Description) -> None:
+        super().__init__()
+        self.description = description
+        channels = {node.name: node.channels for node in description.nodes}
+        self.units = nn.ModuleDict()
+        for node in description.nodes:
+            unit = _unit(node, channels[node.inputs[0]] if node.inputs else 0, description.dims)
+            if unit is not None:
+                self.units[node.name] = unit
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+                nn.init.kaiming_normal_(module.weight, a=SLOPE)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for node in self.description.nodes:
+            if node.zero_norm:
+                nn.init.zeros_(self.units[node.name].norm.weight)  # type: ignore[union-attr, arg-type]
+
+    def forward(self, x: torch.Tensor, head_count: int = 1) -> list[torch.Tensor]:
+        """(batch, channel, *patch) -> logits of the first `head_count` heads, finest first, each (batch, classes, *size)."""
+        heads = self.description.heads[:head_count]
+        last_use, needed = _schedule(self.description, heads)
+        values: dict[str, torch.Tensor] = {"input": x}
+        for index, node in enumerate(self.description.nodes):
+            if node.op == "input" or node.name not in needed:
+                continue
+            inputs = [values[name] for name in node.inputs]
+            for name in node.inputs:
+                if last_use[name] == index:
+                    del values[name]
+            values[node.name] = self._run(node, inputs)
+            del inputs
+        return [values[name] for name in heads]
+
+    def _run(self, node: Node, inputs: list[torch.Tensor]) -> torch.Tensor:
+        if node.op == "concat":
+            return torch.cat(inputs, dim=1)
+        if node.op == "add":
+            return nn.functional.leaky_relu(inputs[0] + inputs[1], SLOPE)
+        result: torch.Tensor = self.units[node.name](inputs[0])
+        return result
+
+
+def _schedule(description: Description, heads: tuple[str, ...]) -> tuple[dict[str, int], set[str]]:
+    """Index of the node that uses each value last, and the nodes that the heads depend on."""
+    needed = set(heads)
+    last_use: dict[str, int] = dict.fromkeys(heads, -1)
+    for index in range(len(description.nodes) - 1, -1, -1):
+        node = description.nodes[index]
+        if node.name in needed:
+            for name in node.inputs:
+                needed.add(name)
+                last_use.setdefault(name, index)
+    return last_use, needed
+
+
+def _unit(node: Node, inputs: int, dims: int) -> nn.Module | None:
+    if node.op == "conv":
+        return ConvUnit(node, inputs, dims)
+    if node.op == "up":
+        up: Any = nn.ConvTranspose3d if dims == 3 else nn.ConvTranspose2d
+        return _module(up(inputs, node.channels, node.kernel, node.stride))
+    if node.op == "pool":
+        pool: Any = nn.AvgPool3d if dims == 3 else nn.AvgPool2d
+        return _module(pool(node.stride, node.stride))
+    if node.op == "head":
+        head: Any = nn.Conv3d if dims == 3 else nn.Conv2d
+        return _module(head(inputs, node.channels, 1))
+    return None
+
+
+def _module(made: Any) -> nn.Module:
+    assert isinstance(made, nn.Module)
+    return made
+
+
+def build(description: Description, seed: int | None = None) -> Network:
+    """Build the network; with a seed its initial weights are a function of the seed alone and global random state is untouched."""
+    if seed is None:
+        return Network(description)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Network(description)

@@ -1,0 +1,150 @@
+"""What a network consists of, without torch: planning, memory and building all walk this one description."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from autoseg.errors import PlanError
+from autoseg.types.plan import Configuration, Ints
+
+Op = Literal["input", "conv", "up", "concat", "pool", "add", "head"]
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operation. `scale` is the cumulative stride of its output against the patch.
+
+    conv: convolution, then instance norm and leaky ReLU where `norm` and `activation` say so. up: transposed convolution with
+    kernel = stride. pool: average pooling with kernel = stride. add: sum of the inputs, then leaky ReLU. head: 1x1 convolution.
+    """
+
+    name: str
+    op: Op
+    inputs: tuple[str, ...]
+    channels: int
+    scale: Ints
+    kernel: Ints = ()
+    stride: Ints = ()
+    norm: bool = True
+    activation: bool = True
+    bias: bool = True
+    zero_norm: bool = False
+
+
+@dataclass(frozen=True)
+class Description:
+    """A whole network: nodes in the order they run, and the heads, finest first."""
+
+    dims: int
+    input_channels: int
+    output_channels: int
+    nodes: tuple[Node, ...]
+    heads: tuple[str, ...]
+
+
+@dataclass
+class _Sketch:
+    """Collects nodes while a network is described."""
+
+    nodes: list[Node] = field(default_factory=list)
+
+    def add(self, node: Node) -> Node:
+        self.nodes.append(node)
+        return node
+
+
+def describe(configuration: Configuration, input_channels: int, output_channels: int) -> Description:
+    """Describe the network of a configuration.
+
+    Raises:
+        PlanError: unknown network kind.
+    """
+    kinds: dict[str, Callable[[_Sketch, Configuration, Node], list[Node]]] = {
+        "unet": _plain_encoder,
+        "residual-unet": _residual_encoder,
+    }
+    kind = configuration.network.kind
+    if kind not in kinds:
+        raise PlanError(f"unknown network {kind!r}; choose from {', '.join(kinds)}")
+    sketch = _Sketch()
+    ones = (1,) * configuration.dims
+    start = sketch.add(Node("input", "input", (), input_channels, ones))
+    skips = kinds[kind](sketch, configuration, start)
+    heads = _decoder(sketch, configuration, skips, output_channels)
+    return Description(configuration.dims, input_channels, output_channels, tuple(sketch.nodes), tuple(heads))
+
+
+def _scaled(scale: Ints, stride: Ints) -> Ints:
+    return tuple(a * b for a, b in zip(scale, stride, strict=True))
+
+
+def _plain_encoder(sketch: _Sketch, configuration: Configuration, node: Node) -> list[Node]:
+    """Stages of convolution units; the first unit of a stage carries its stride (nnU-Net's PlainConvUNet)."""
+    skips = []
+    ones = (1,) * configuration.dims
+    for stage, features in enumerate(configuration.features_per_stage):
+        kernel = configuration.kernel_sizes[stage]
+        for block in range(configuration.blocks_per_stage[stage]):
+            stride = configuration.strides[stage] if block == 0 else ones
+            node = sketch.add(
+                Node(f"encoder_{stage}_{block}", "conv", (node.name,), features, _scaled(node.scale, stride), kernel, stride)
+            )
+        skips.append(node)
+    return skips
+
+
+def _residual_encoder(sketch: _Sketch, configuration: Configuration, node: Node) -> list[Node]:
+    """A stem, then stages of residual blocks of two convolutions; the skip is average pooling and 1x1 convolution (ResNet-D)."""
+    skips = []
+    ones = (1,) * configuration.dims
+    node = sketch.add(
+        Node("stem", "conv", (node.name,), configuration.features_per_stage[0], node.scale, configuration.kernel_sizes[0], ones)
+    )
+    for stage, features in enumerate(configuration.features_per_stage):
+        kernel = configuration.kernel_sizes[stage]
+        for block in range(configuration.blocks_per_stage[stage]):
+            stride = configuration.strides[stage] if block == 0 else ones
+            scale, name, source = _scaled(node.scale, stride), f"encoder_{stage}_{block}", node
+            first = sketch.add(Node(f"{name}_a", "conv", (source.name,), features, scale, kernel, stride))
+            second = sketch.add(
+                Node(f"{name}_b", "conv", (first.name,), features, scale, kernel, ones, activation=False, zero_norm=True)
+            )
+            if max(stride) > 1:
+                source = sketch.add(Node(f"{name}_pool", "pool", (source.name,), source.channels, scale, stride=stride))
+            if source.channels != features:
+                source = sketch.add(
+                    Node(f"{name}_skip", "conv", (source.name,), features, scale, ones, ones, activation=False, bias=False)
+                )
+            node = sketch.add(Node(name, "add", (second.name, source.name), features, scale))
+        skips.append(node)
+    return skips
+
+
+def _decoder(sketch: _Sketch, configuration: Configuration, skips: list[Node], output_channels: int) -> list[str]:
+    """Up-sample, concatenate the skip, convolve; a head at every level. Returns the heads, finest first."""
+    node, heads = skips[-1], []
+    ones = (1,) * configuration.dims
+    if len(skips) == 1:
+        return [sketch.add(Node("head_0", "head", (node.name,), output_channels, node.scale, ones, ones)).name]
+    for stage in range(len(skips) - 2, -1, -1):
+        skip, stride, kernel = skips[stage], configuration.strides[stage + 1], configuration.kernel_sizes[stage]
+        node = sketch.add(Node(f"up_{stage}", "up", (node.name,), skip.channels, skip.scale, stride, stride))
+        node = sketch.add(Node(f"concat_{stage}", "concat", (node.name, skip.name), 2 * skip.channels, skip.scale))
+        for block in range(configuration.decoder_blocks_per_stage[stage]):
+            node = sketch.add(Node(f"decoder_{stage}_{block}", "conv", (node.name,), skip.channels, skip.scale, kernel, ones))
+        heads.append(sketch.add(Node(f"head_{stage}", "head", (node.name,), output_channels, skip.scale, ones, ones)).name)
+    return heads[::-1]
+
+
+def convolution_elements(description: Description, patch: Ints) -> int:
+    """Output elements of every convolution for one sample, deep-supervision heads apart: the reference planner's memory measure."""
+    total = 0
+    for node in description.nodes:
+        if node.op in ("conv", "up") or node.name == description.heads[0]:
+            volume = node.channels
+            for size, scale in zip(patch, node.scale, strict=True):
+                volume *= size // scale
+            total += volume
+    return total

@@ -1,0 +1,59 @@
+"""Which device and which precision: decided from what the hardware has."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+import torch
+
+from autoseg.errors import RunError
+
+Resolved = Literal["bf16", "fp16", "fp32"]
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device called `name`; auto prefers CUDA, then Apple's GPU, then the CPU.
+
+    Raises:
+        RunError: no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise RunError(
+            f"device {name!r} cannot be used here: {str(error).splitlines()[0]}; choose auto, cpu, cuda, cuda:1 or mps"
+        ) from None
+    return device
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the processor multiplies bfloat16 in hardware (AVX512-BF16 or AMX)."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def pick_precision(device: torch.device, wanted: str = "auto") -> Resolved:
+    """The precision to compute in: bf16 where the hardware has it, fp16 on older CUDA cards, else fp32.
+
+    Raises:
+        RunError: unknown precision, or fp16 away from CUDA.
+    """
+    if wanted == "auto":
+        if device.type == "cuda":
+            return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
+        return "bf16" if device.type == "cpu" and cpu_has_bf16() else "fp32"
+    if wanted not in ("bf16", "fp16", "fp32"):
+        raise RunError(f"unknown precision {wanted!r}; choose auto, bf16, fp16 or fp32")
+    if wanted == "fp16" and device.type != "cuda":
+        raise RunError(f"precision fp16 needs a CUDA device, found {device.type}; choose bf16 or fp32")
+    return wanted  # type: ignore[return-value]
+
+
+def autocast(device: torch.device, precision: Resolved) -> AbstractContextManager[object]:
+    """A context in which the network computes in `precision`."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)

@@ -1,0 +1,139 @@
+"""Plan: check the data, measure it, decide everything, split it into folds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from autoseg.datasets.read import read_dataset
+from autoseg.datasets.splits import check_splits, extend_splits, make_splits
+from autoseg.errors import DatasetError, PlanError, RecordError
+from autoseg.files.workspace import Workspace, load_record, save_record
+from autoseg.logs import SILENT, Reporter
+from autoseg.planners.registry import get_planner
+from autoseg.stages.check import check, require_clean
+from autoseg.stages.fingerprint import fingerprint
+from autoseg.types.dataset import Dataset, Fault, Split
+from autoseg.types.faults import sort_faults
+from autoseg.types.fingerprint import Fingerprint
+from autoseg.types.plan import Plan
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What planning made; `changes` lists what a new plan altered."""
+
+    dataset: Dataset
+    fingerprint: Fingerprint
+    plan: Plan
+    splits: list[Split]
+    warnings: list[Fault]
+    changes: tuple[str, ...] = ()
+
+
+def checked_dataset(
+    path: Path, groups: Literal["auto", "none"], threads: int, reporter: Reporter
+) -> tuple[Dataset | None, list[Fault]]:
+    """Read and check a data set; every fault found, errors first."""
+    dataset, faults = read_dataset(path, groups=groups)
+    if dataset is not None:
+        faults = check(dataset, faults, threads=threads, reporter=reporter)
+    return dataset, sort_faults(faults)
+
+
+def describe_faults(faults: Sequence[Fault]) -> str:
+    """One paragraph per fault: severity, code, case, file, expected, found, what to do."""
+    return "\n".join(
+        f"{f.severity} {f.code}: {f'case {f.case}, ' if f.case else ''}{f.file or 'data set'}\n"
+        f"    expected: {f.expected}\n    found:    {f.found}\n    to do:    {f.fix}"
+        for f in faults
+    )
+
+
+def plan(
+    path: Path,
+    workspace: Workspace,
+    *,
+    planner: str | None = None,
+    gpu_memory_gb: float | None = None,
+    groups: Literal["auto", "none"] = "auto",
+    replan: bool = False,
+    threads: int = 2,
+    reporter: Reporter = SILENT,
+) -> Planned:
+    """Check the data, then write dataset.json, fingerprint.json, plan.json and splits.json.
+
+    An existing plan and existing fold assignments are kept unless `replan`; new cases join the folds.
+
+    Raises:
+        DatasetError: the check found errors (all of them in the message); nothing is written.
+        PlanError: the existing plan no longer suits the data.
+    """
+    dataset, faults = checked_dataset(path, groups, threads, reporter)
+    errors = [fault for fault in faults if fault.severity == "error"]
+    if errors or dataset is None:
+        raise DatasetError(f"{path} has {len(errors)} error(s); nothing was written\n{describe_faults(errors)}")
+    old = workspace.plan() if workspace.plan_path.exists() else None
+    measured = fingerprint(dataset, threads=threads, reporter=reporter)
+    keep = old is not None and not replan
+    if keep:
+        assert old is not None
+        _suits(old, dataset)
+        if (planner not in (None, old.planner)) or (gpu_memory_gb not in (None, old.gpu_memory_gb)):
+            raise PlanError(
+                f"{workspace.plan_path} was made by planner {old.planner!r} for {old.gpu_memory_gb:g} GB; "
+                "give --replan to make a new one, or another --out"
+            )
+        made = old
+    else:
+        made = get_planner(planner or "default")(dataset, measured, gpu_memory_gb)
+    splits = _splits(workspace, dataset, measured, fresh=replan)
+    changes = tuple(_differences(old.model_dump(mode="json"), made.model_dump(mode="json"))) if old is not None and replan else ()
+    save_record(workspace.dataset_path, dataset)
+    save_record(workspace.fingerprint_path, measured)
+    save_record(workspace.splits_path, splits, list[Split])
+    if not keep:
+        save_record(workspace.plan_path, made)
+    return Planned(dataset, measured, made, splits, [f for f in faults if f.severity == "warning"], changes)
+
+
+def _suits(plan: Plan, dataset: Dataset) -> None:
+    for what, planned, found in (("channels", plan.channels, dataset.channels), ("labels", plan.labels, dataset.labels)):
+        if planned != found:
+            raise PlanError(
+                f"the existing plan was made for other {what} than the data set now has (planned: {planned}; found: {found}); "
+                "give --replan to make a new plan, or another --out"
+            )
+
+
+def _splits(workspace: Workspace, dataset: Dataset, measured: Fingerprint, fresh: bool) -> list[Split]:
+    """Existing folds extended by new cases, the folds that came with the data, or new ones."""
+    names = {label.name: i + 1 for i, label in enumerate(dataset.labels.foreground)}
+    present = {
+        case.case: frozenset(names[name] for name, label in case.labels.items() if label.voxels and name in names)
+        for case in measured.cases
+    }
+    if workspace.splits_path.exists() and not fresh:
+        known = [case.case for case in workspace.dataset().cases] if workspace.dataset_path.exists() else []
+        splits = extend_splits(workspace.splits(), dataset.cases, known)
+    elif dataset.splits_file:
+        splits = load_record(Path(dataset.splits_file), list[Split])
+    else:
+        splits = make_splits(dataset.cases, present)
+    try:
+        check_splits(splits, dataset.cases)
+    except DatasetError as error:
+        source = workspace.splits_path if workspace.splits_path.exists() and not fresh else dataset.splits_file or "the folds"
+        raise RecordError(f"{source}: {error}") from None
+    return splits
+
+
+def _differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """`path: old -> new` for every leaf that differs (rows of numbers count as leaves)."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = list(dict.fromkeys([*old, *new]))
+        return [line for key in keys for line in _differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)]
+    return [] if old == new else [f"{where}: {json.dumps(old)[:120]} -> {json.dumps(new)[:120]}"]

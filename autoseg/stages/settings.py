@@ -1,0 +1,46 @@
+"""--set key=value: typed, path-exact edits of a record."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from autoseg.errors import RunError
+from autoseg.files.workspace import validate
+from autoseg.types.run import TrainSpec
+
+
+def apply_settings(spec: TrainSpec, settings: Sequence[str]) -> TrainSpec:
+    """Set dotted paths of the training record; a value is JSON where it parses as such, else text.
+
+    Raises:
+        RunError: not key=value, or a path the record does not have (the message lists what there is).
+        RecordError: a value of the wrong type or range.
+    """
+    data: dict[str, Any] = spec.model_dump()
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not key:
+            raise RunError(f"--set takes key=value, found {setting!r}")
+        place, parts = data, key.strip().split(".")
+        for depth, part in enumerate(parts[:-1]):
+            _require(place, part, parts[:depth], setting)
+            place = place[part]
+        if parts[-2:-1] != ["options"]:
+            _require(place, parts[-1], parts[:-1], setting)
+        place[parts[-1]] = _value(text)
+    return validate(data, TrainSpec, "the training record (--set)")
+
+
+def _require(place: Any, part: str, above: Sequence[str], setting: str) -> None:
+    if not isinstance(place, dict) or part not in place:
+        there = ", ".join(place) if isinstance(place, dict) else "no further parts"
+        raise RunError(f"--set {setting}: {'.'.join(above) or 'the training record'} has no {part!r}; it has {there}")
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

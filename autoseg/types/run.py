@@ -1,0 +1,107 @@
+"""A training run as data: everything that shapes the result, and what a run folder records of it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from autoseg.types.dataset import Split
+from autoseg.types.plan import Plan
+from autoseg.types.record import Record
+
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
+
+
+class LossSpec(Record):
+    """The loss; `kind` is a built-in name or `module:Name`."""
+
+    kind: str = "dice_ce"
+    options: dict[str, Any] = {}
+
+
+class AugmentSpec(Record):
+    """The augmentation; `mirror` lists the axes that may be flipped (None: all of the patch's axes), z, y, x = 0, 1, 2."""
+
+    kind: str = "default"
+    mirror: tuple[int, ...] | None = None
+    options: dict[str, Any] = {}
+
+
+class SamplerSpec(Record):
+    """How patches are drawn; `foreground` is the share of each batch that must hold foreground (nnU-Net: 0.33)."""
+
+    kind: str = "reference"
+    foreground: float = Field(default=0.33, ge=0, le=1)
+    options: dict[str, Any] = {}
+
+
+class OptimizerSpec(Record):
+    """The optimiser; `momentum` is Nesterov's for sgd and unused by adamw."""
+
+    kind: str = "sgd"
+    lr: float = Field(default=0.01, gt=0)
+    weight_decay: float = Field(default=3e-5, ge=0)
+    momentum: float = Field(default=0.99, ge=0, lt=1)
+    options: dict[str, Any] = {}
+
+
+class ScheduleSpec(Record):
+    """The learning rate over the run, as a function of the fraction done; `warmup` is the fraction spent rising to it."""
+
+    kind: str = "polynomial"
+    power: float = Field(default=0.9, gt=0)
+    warmup: float = Field(default=0.0, ge=0, lt=1)
+    options: dict[str, Any] = {}
+
+
+class TrainSpec(Record):
+    """Everything that shapes a training run, apart from the plan and the data (defaults: nnU-Net v2's recipe)."""
+
+    format: Literal[1] = 1
+    epochs: int = Field(default=1000, ge=1)
+    steps_per_epoch: int = Field(default=250, ge=1)
+    val_steps: int = Field(default=50, ge=0)
+    batch_size: int | None = Field(default=None, ge=1)
+    loss: LossSpec = LossSpec()
+    augment: AugmentSpec = AugmentSpec()
+    sampler: SamplerSpec = SamplerSpec()
+    optimizer: OptimizerSpec = OptimizerSpec()
+    schedule: ScheduleSpec = ScheduleSpec()
+    gradient_clip: float = Field(default=12.0, gt=0)
+    deep_supervision: bool = True
+    precision: Precision = "auto"
+    seed: int = Field(default=0, ge=0)
+
+    @property
+    def total_steps(self) -> int:
+        """Training steps of the whole run."""
+        return self.epochs * self.steps_per_epoch
+
+
+class RunRecord(Record):
+    """run.json: what a fold was trained with. Two runs with equal records (versions and device apart) are the same run."""
+
+    format: Literal[1] = 1
+    name: str
+    configuration: str
+    fold: int
+    spec: TrainSpec
+    plan: Plan
+    split: Split
+    data: str
+    device: str
+    versions: dict[str, str] = {}
+
+
+class EpochRecord(Record):
+    """One line of metrics.jsonl; pseudo Dice is over random patches pooled, not over whole cases."""
+
+    epoch: int
+    step: int
+    train_loss: float
+    val_loss: float | None
+    pseudo_dice: dict[str, float | None]
+    learning_rate: float
+    seconds: float
+    data_wait: float

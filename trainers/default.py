@@ -1,0 +1,265 @@
+"""The training loop: a job goes in, epochs come out, and after every step its whole state can be saved."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from autoseg.contracts import Batch, Loss
+from autoseg.errors import RunError
+from autoseg.networks.build import build
+from autoseg.networks.describe import describe
+from autoseg.networks.hardware import Resolved, autocast
+from autoseg.trainers.augment import DefaultAugmentation
+from autoseg.trainers.losses import Targets, head_count, make_loss
+from autoseg.trainers.sampling import TRAINING, VALIDATION, Loader, PatchSource, Sampler
+from autoseg.trainers.schedule import learning_rate_factor
+from autoseg.types.labels import Labels
+from autoseg.types.plan import Configuration
+from autoseg.types.run import EpochRecord, OptimizerSpec, TrainSpec
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything one fold's training needs; `validation` may be empty (then there is no pseudo Dice)."""
+
+    configuration: Configuration
+    labels: Labels
+    channels: int
+    spec: TrainSpec
+    fold: int
+    training: Sequence[PatchSource]
+    validation: Sequence[PatchSource]
+    device: torch.device
+    precision: Resolved
+    threads: int
+
+
+@dataclass(frozen=True)
+class State:
+    """A run frozen between two steps: tensors by name, and plain numbers for JSON."""
+
+    tensors: dict[str, torch.Tensor]
+    numbers: dict[str, float | int | list[float]]
+
+
+class Training:
+    """One fold in training. Steps and samples are numbered, so that going on from a saved state repeats nothing and skips nothing."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        spec, configuration = job.spec, job.configuration
+        description = describe(configuration, job.channels, job.labels.output_count)
+        self.network = build(description, seed=spec.seed * 1000 + job.fold).to(job.device)
+        self.heads = head_count(len(description.heads), spec.deep_supervision)
+        self.batch_size = spec.batch_size or configuration.batch_size
+        self.loss: Loss = make_loss(spec.loss, job.labels, configuration.batch_dice)
+        self.optimizer = make_optimizer(self.network, spec.optimizer)
+        self.scaler = torch.amp.GradScaler(job.device.type, enabled=job.precision == "fp16")
+        self.targets = Targets.of(job.labels)
+        self.epoch, self.step_in_epoch = 0, 0
+        self._losses: list[float] = []
+        self._waited, self._seconds = 0.0, 0.0
+
+    @property
+    def step(self) -> int:
+        """Training steps done."""
+        return self.epoch * self.job.spec.steps_per_epoch + self.step_in_epoch
+
+    def run(self, after_step: Callable[[], None] = lambda: None) -> Iterator[EpochRecord]:
+        """Train to the end, yielding one record per epoch; `after_step` may save the state, or raise to stop.
+
+        Raises:
+            RunError: the loss became NaN or infinite; the message names the step and its cases.
+        """
+        spec = self.job.spec
+        loader = self._loader(self.job.training)
+        validation_loader = self._loader(self.job.validation) if self.job.validation and spec.val_steps else None
+        batches = loader.batches(TRAINING, self.step, spec.total_steps)
+        try:
+            while self.epoch < spec.epochs:
+                while self.step_in_epoch < spec.steps_per_epoch:
+                    begin = time.perf_counter()
+                    batch = next(batches)
+                    waited = time.perf_counter() - begin
+                    self._losses.append(self.train_step(batch))
+                    self.step_in_epoch += 1
+                    self._waited += waited
+                    self._seconds += time.perf_counter() - begin
+                    after_step()
+                yield self._finish_epoch(validation_loader)
+        finally:
+            batches.close()  # type: ignore[attr-defined]
+            loader.close()
+            if validation_loader:
+                validation_loader.close()
+
+    def train_step(self, batch: Batch) -> float:
+        """One optimiser step; returns the loss."""
+        job, fraction = self.job, self.step / self.job.spec.total_steps
+        rate = job.spec.optimizer.lr * learning_rate_factor(fraction, job.spec.schedule)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.network.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        with autocast(job.device, job.precision):
+            outputs = self.network(batch.image, self.heads)
+        loss = self.loss(outputs, batch, fraction)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise RunError(
+                f"the loss became {value} at step {self.step} on cases {', '.join(batch.cases)}; the last checkpoint is intact. "
+                "Look at these cases with autoseg check, or lower --set optimizer.lr"
+            )
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.network.parameters(), job.spec.gradient_clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return value
+
+    def state(self) -> State:
+        """All that going on exactly here needs (shares memory with the training: save it before the next step)."""
+        tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
+        parameters = dict(self.network.named_parameters())
+        for name, parameter in parameters.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if isinstance(value, torch.Tensor):
+                    tensors[f"optimizer.{key}.{name}"] = value
+        numbers: dict[str, float | int | list[float]] = {
+            "epoch": self.epoch,
+            "step_in_epoch": self.step_in_epoch,
+            "losses": list(self._losses),
+            "waited": self._waited,
+            "seconds": self._seconds,
+            "scale": float(self.scaler.get_scale()),
+        }
+        return State(tensors, numbers)
+
+    def restore(self, state: State) -> None:
+        """Go back to a saved state.
+
+        Raises:
+            RunError: the tensors do not fit the network.
+        """
+        network = {n.removeprefix("network."): t for n, t in state.tensors.items() if n.startswith("network.")}
+        try:
+            self.network.load_state_dict(network)
+        except RuntimeError as error:
+            raise RunError(f"the checkpoint does not fit the network: {str(error).splitlines()[0]}") from None
+        for name, parameter in self.network.named_parameters():
+            slots: dict[str, torch.Tensor] = {}
+            for key, value in state.tensors.items():
+                if key.startswith("optimizer.") and key.endswith(f".{name}") and key.split(".", 2)[2] == name:
+                    slots[key.split(".", 2)[1]] = value.to("cpu" if value.ndim == 0 else parameter.device, copy=True)
+            if slots:
+                self.optimizer.state[parameter] = slots
+        numbers = state.numbers
+        self.epoch, self.step_in_epoch = int(numbers["epoch"]), int(numbers["step_in_epoch"])  # type: ignore[arg-type]
+        self._losses = list(numbers["losses"])  # type: ignore[arg-type]
+        self._waited, self._seconds = float(numbers["waited"]), float(numbers["seconds"])  # type: ignore[arg-type]
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict({**self.scaler.state_dict(), "scale": float(numbers["scale"])})  # type: ignore[arg-type]
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The network's parameters by name."""
+        return dict(self.network.state_dict())
+
+    def _loader(self, cases: Sequence[PatchSource]) -> Loader:
+        job, configuration = self.job, self.job.configuration
+        augmentation = DefaultAugmentation.from_configuration(configuration, job.channels, job.spec.augment.mirror)
+        sampler = Sampler(
+            cases, augmentation.patch, self.batch_size, job.spec.sampler.foreground, augmentation, job.spec.seed, job.fold
+        )
+        return Loader(sampler, configuration.use_mask_for_norm, job.device, job.threads, configuration.dims)
+
+    def _finish_epoch(self, loader: Loader | None) -> EpochRecord:
+        begin = time.perf_counter()
+        val_loss, pseudo_dice = self._validate(loader) if loader else (None, {})
+        rate = float(self.optimizer.param_groups[0]["lr"])
+        self._seconds += time.perf_counter() - begin
+        record = EpochRecord(
+            epoch=self.epoch,
+            step=self.step,
+            train_loss=sum(self._losses) / len(self._losses),
+            val_loss=val_loss,
+            pseudo_dice=pseudo_dice,
+            learning_rate=rate,
+            seconds=self._seconds,
+            data_wait=self._waited / max(self._seconds, 1e-9),
+        )
+        self.epoch, self.step_in_epoch = self.epoch + 1, 0
+        self._losses, self._waited, self._seconds = [], 0.0, 0.0
+        return record
+
+    @torch.no_grad()
+    def _validate(self, loader: Loader) -> tuple[float, dict[str, float | None]]:
+        """Loss and pooled Dice per target over `val_steps` random validation batches."""
+        job, steps = self.job, self.job.spec.val_steps
+        self.network.eval()
+        counts = torch.zeros(3, len(job.labels.targets), dtype=torch.float64)
+        loss = 0.0
+        for batch in loader.batches(VALIDATION, self.epoch * steps, (self.epoch + 1) * steps):
+            with autocast(job.device, job.precision):
+                outputs = self.network(batch.image, self.heads)
+            loss += float(self.loss(outputs, batch, self.step / job.spec.total_steps)) / steps
+            counts += _overlap(outputs[0], batch.label, self.targets).cpu()
+        both, predicted, true = counts.tolist()
+        dice = {
+            name: (2 * both[i] / (predicted[i] + true[i]) if predicted[i] + true[i] else None)
+            for i, (name, _) in enumerate(job.labels.targets)
+        }
+        return loss, dice
+
+
+def _overlap(logits: torch.Tensor, label: torch.Tensor, targets: Targets) -> torch.Tensor:
+    """Voxels in both, predicted, and true, for each target: (3, targets)."""
+    valid = targets.valid(label)
+    mask = torch.ones_like(label, dtype=torch.bool) if valid is None else valid
+    if targets.regions:
+        found, true = logits > 0, targets.dense(label) > 0
+        axes = (0, *range(2, logits.ndim))
+        keep = mask[:, None]
+        return torch.stack([(found & true & keep).sum(axes), (found & keep).sum(axes), (true & keep).sum(axes)]).double()
+    found, true, classes = logits.argmax(1)[mask], label[mask], targets.classes
+    both = torch.bincount(true[found == true], minlength=classes)
+    return torch.stack([both, torch.bincount(found, minlength=classes), torch.bincount(true, minlength=classes)])[
+        :, 1:classes
+    ].double()
+
+
+def make_optimizer(network: nn.Module, spec: OptimizerSpec) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum, or AdamW.
+
+    Raises:
+        RunError: unknown kind.
+    """
+    if spec.kind == "sgd":
+        return torch.optim.SGD(
+            network.parameters(), spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay, nesterov=spec.momentum > 0
+        )
+    if spec.kind == "adamw":
+        return torch.optim.AdamW(network.parameters(), spec.lr, weight_decay=spec.weight_decay)
+    raise RunError(f"unknown optimizer {spec.kind!r}; choose sgd or adamw")
+
+
+def seconds_per_step(job: Job, steps: int = 2) -> float:
+    """Measure a training step of this job on random data, on a network that is thrown away; one step warms up."""
+    training = Training(job)
+    configuration = job.configuration
+    image = torch.zeros(training.batch_size, job.channels, *configuration.patch_size, device=job.device)
+    label = torch.zeros(training.batch_size, *configuration.patch_size, dtype=torch.long, device=job.device)
+    batch = Batch(image, label, ("timing",))
+    times = []
+    for _ in range(steps + 1):
+        begin = time.perf_counter()
+        training.train_step(batch)
+        if job.device.type == "cuda":
+            torch.cuda.synchronize(job.device)
+        times.append(time.perf_counter() - begin)
+    return min(times[1:])
