@@ -83,7 +83,7 @@ class _LineTask:
             rate = fresh / max(now - self.begin, 1e-9)
             left = (self.total - self.done) / rate if rate > 0 else 0
             out.print(
-                f"{self.name}: {self.done}/{self.total} {self.unit}, {rate:.2f}/s, {left:.0f} s left{f'  {note}' if note else ''}",
+                f"{self.name}: {self.done}/{self.total} {self.unit}, {rate:.2f}/s, {left:.0f} s left  {note}".rstrip(),
                 markup=False,
             )
 

@@ -87,7 +87,6 @@ def write_dataset(
     from other choices.
     """
     from autoseg.files.images import write_label
-
     from autoseg.files.workspace import write_text
 
     made_from = {"kind": kind, "seed": seed, "size": size}

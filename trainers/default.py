@@ -49,7 +49,7 @@ class State:
 
 
 class Training:
-    """One fold in training. Steps and samples are numbered, so that going on from a saved state repeats nothing and skips nothing."""
+    """One fold in training; steps and samples are numbered, so going on from a saved state repeats and skips nothing."""
 
     def __init__(self, job: Job) -> None:
         self.job = job

@@ -131,7 +131,7 @@ def head_count(heads: int, deep_supervision: bool) -> int:
 
 
 def make_loss(spec: LossSpec, labels: Labels, batch_dice: bool) -> Loss:
-    """Build the loss of a run: a built-in term under deep supervision, or a plug-in called as kind(labels=, batch_dice=, **options).
+    """Build the loss of a run: a built-in term, or a plug-in called as kind(labels=..., batch_dice=..., **options).
 
     Raises:
         PluginError: unknown kind.

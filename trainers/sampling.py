@@ -79,11 +79,11 @@ class Sampler:
 
     def _start(self, rng: np.random.Generator, case: PatchSource, forced: bool) -> Ints:
         locations = case.locations
-        present = [target for target in sorted(locations) if target > 0 and len(locations[target])]
+        present = sorted(target for target in locations if target > 0)
         voxels = None
         if forced and present:
             voxels = locations[present[int(rng.integers(len(present)))]]
-        elif len(locations.get(0, ())):
+        elif 0 in locations:
             voxels = locations[0]
         lows = [min(0, -((p - s) // 2)) if s < p else 0 for s, p in zip(case.shape, self.patch, strict=True)]
         if voxels is None:

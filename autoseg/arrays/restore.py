@@ -6,8 +6,8 @@ plane by plane, and decided at once: no float array of classes times volume exis
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from autoseg.arrays.crop import box_slices
 from autoseg.arrays.resample import Taps, linear_taps, separate_axis
 from autoseg.types.case import Placement
 
+T = TypeVar("T")
 Regions = tuple[int, ...] | None
 
 _BLOCK_BYTES = 4 << 20  # interpolated rows worked on at once: they stay in the processor's cache
@@ -65,6 +66,21 @@ class _Axis:
         return torch.lerp(low, values.index_select(axis, self.high), weight)
 
 
+class _Recent(Generic[T]):
+    """The results for the last two planes asked for, as neighbouring output planes share them."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, T] = {}
+
+    def get(self, z: int, make: Callable[[int], T]) -> T:
+        """Return what `make` gives for plane z, made once."""
+        if z not in self._kept:
+            if len(self._kept) == 2:
+                del self._kept[next(iter(self._kept))]
+            self._kept[z] = make(z)
+        return self._kept[z]
+
+
 class _Source:
     """Logits of one member, given as rows of planes on the cropped image grid, classes last."""
 
@@ -94,26 +110,30 @@ class _Source:
 
 
 class _Block:
-    """A range of rows of all planes of one source; the source planes last used are kept, as neighbours share them."""
+    """A range of rows of all planes of one source."""
 
     def __init__(self, source: _Source, rows: slice, regions: Regions) -> None:
         self.source, self.rows = source, _Axis(source.taps[1], rows, source.logits.device)
-        # instance caches: they are dropped with the block
-        self.plane = lru_cache(maxsize=2)(self._plane)
-        self.dense_plane = lru_cache(maxsize=2)(self._dense_plane)
-        self.coarse = lru_cache(maxsize=2)(self._coarse)
         self.regions = regions
+        self._planes: _Recent[Tensor] = _Recent()
+        self._dense_planes: _Recent[Tensor] = _Recent()
+        self._decisions: _Recent[NDArray[np.integer]] = _Recent()
 
-    def _plane(self, z: int) -> Tensor:
+    def plane(self, z: int) -> Tensor:
         """Source plane z, float32 (rows, columns, classes)."""
+        return self._planes.get(z, self._load)
+
+    def dense_plane(self, z: int) -> Tensor:
+        """Source plane z interpolated to the output's rows and columns."""
+        return self._dense_planes.get(z, lambda k: self.source.columns.apply(self.rows.apply(self.plane(k), 0), 1))
+
+    def coarse(self, z: int) -> NDArray[np.integer]:
+        """Decision at each voxel of source plane z."""
+        return self._decisions.get(z, lambda k: _decide_rows(self.plane(k), self.regions, 0.0))
+
+    def _load(self, z: int) -> Tensor:
         plane = self.source.logits[:, z, self.rows.start:self.rows.stop, self.source.columns.start:self.source.columns.stop]
         return plane.float().permute(1, 2, 0).contiguous()
-
-    def _dense_plane(self, z: int) -> Tensor:
-        return self.source.columns.apply(self.rows.apply(self.plane(z), 0), 1)
-
-    def _coarse(self, z: int) -> NDArray[np.integer]:
-        return _decide_rows(self.plane(z), self.regions, 0.0)
 
     def dense(self, z: int) -> Tensor:
         """Logits of output plane z at every voxel, float32 (rows, columns, classes)."""

@@ -43,7 +43,7 @@ def make_tiling(shape: tuple[int, int, int], patch: tuple[int, int, int], step: 
         patch,
         (padded[0], padded[1], padded[2]),
         (missing[0] // 2, missing[1] // 2, missing[2] // 2),
-        tuple(itertools.product(*axes)),
+        tuple(itertools.product(axes[0], axes[1], axes[2])),
     )
 
 

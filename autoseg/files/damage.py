@@ -47,5 +47,5 @@ def _reason(error: Exception) -> str:
     text = str(error.strerror or error) if isinstance(error, OSError) else str(error)
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("Exception thrown")]
     lines = [re.sub(r"^ITK ERROR: |^\[nrrd\] |\w+\(0x[0-9a-f]+\): |^\S+\.[ch]xx:\d+:", "", line).strip() for line in lines]
-    lines = [line for line in lines if line and not line.startswith("Reason: Success")]
-    return (lines[-1] if lines else type(error).__name__)[:200].rstrip(".")
+    lines = [line for line in lines if line and not line.startswith(("Reason: Success", "File cannot be read"))]
+    return (lines[-1] if lines else "its data are damaged")[:200].rstrip(".")

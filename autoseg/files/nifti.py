@@ -25,8 +25,8 @@ _FIELDS: dict[str, tuple[Any, int]] = {
     "intent_code": ("i2", 68), "datatype": ("i2", 70), "bitpix": ("i2", 72), "slice_start": ("i2", 74),
     "pixdim": (("f4", (8,)), 76), "vox_offset": ("f4", 108), "scl_slope": ("f4", 112), "scl_inter": ("f4", 116),
     "slice_end": ("i2", 120), "slice_code": ("u1", 122), "xyzt_units": ("u1", 123),
-    "cal_max": ("f4", 124),
-    "cal_min": ("f4", 128), "slice_duration": ("f4", 132), "toffset": ("f4", 136), "descrip": ("S80", 148), "aux_file": ("S24", 228),
+    "cal_max": ("f4", 124), "cal_min": ("f4", 128), "slice_duration": ("f4", 132), "toffset": ("f4", 136),
+    "descrip": ("S80", 148), "aux_file": ("S24", 228),
     "qform_code": ("i2", 252), "sform_code": ("i2", 254), "quatern": (("f4", (3,)), 256), "qoffset": (("f4", (3,)), 268),
     "srow": (("f4", (3, 4)), 280), "intent_name": ("S16", 328), "magic": ("S4", 344),
 }

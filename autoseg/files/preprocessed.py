@@ -109,11 +109,12 @@ def _layout(shape: Shape, patch_size: Sequence[int]) -> tuple[tuple[int, ...], t
 def _write_array(path: Path, array: NDArray[Any], chunk: tuple[int, ...], block: tuple[int, ...]) -> None:
     import blosc2
 
+    store: Any = blosc2.asarray  # its annotations leave numpy out
     lead = (1,) * (array.ndim - 3)
     chunk = tuple(min(c, n) for c, n in zip((*lead, *chunk), array.shape, strict=True))
     cparams = {"codec": blosc2.Codec.LZ4, "clevel": 5, "filters": [blosc2.Filter.BITSHUFFLE], "nthreads": 1}
     whole = np.ascontiguousarray(array)
-    blosc2.asarray(whole, urlpath=str(path), mode="w", chunks=chunk, blocks=(*lead, *block), cparams=cparams)
+    store(whole, urlpath=str(path), mode="w", chunks=chunk, blocks=(*lead, *block), cparams=cparams)
 
 
 def _stored_kind(image_czyx: NDArray[np.float32]) -> type[np.float16] | type[np.float32]:
@@ -221,12 +222,13 @@ class StoredCase:
     def _read(self, name: str, slices: Slices) -> NDArray[Any]:
         import blosc2
 
+        opened: Any = blosc2.open  # its annotations are wrong about mmap_mode
         lead = (self.channels,) if name == IMAGE else ()
         size = tuple(len(range(*part.indices(n))) for part, n in zip(slices, self.shape, strict=True))
         if 0 in size:
             return np.zeros((*lead, *size), np.int16)
         try:
-            array = blosc2.open(str(self.folder / name), mmap_mode="r", dparams={"nthreads": 1})
+            array = opened(str(self.folder / name), mmap_mode="r", dparams={"nthreads": 1})
             if array.shape != (*lead, *self.shape):
                 raise _damaged(self.folder, f"{name} has shape {array.shape}, expected {(*lead, *self.shape)}")
             part: NDArray[Any] = array[(*(slice(None) for _ in lead), *slices)]

@@ -27,6 +27,7 @@ _PRINT_DPI = frozenset({72, 75, 90, 96, 100, 120, 144, 150, 180, 200, 240, 300, 
 _INCH, _CENTIMETRE = 2, 3
 _DEFLATE = frozenset({8, 32946})
 _PALETTE = 3
+_IMAGEJ_CHANNELS = 7
 _OWN_SPACING = "spacing_zyx_mm"
 
 Decode = Callable[[Path], NDArray[np.generic]]
@@ -88,7 +89,7 @@ def read_tiff(path: Path, header: TiffHeader, decode: Decode) -> NDArray[np.gene
         except (ValueError, ImportError) as error:
             if "imagecodecs" not in str(error):
                 raise
-            array = _palette_indices(path) if palette else decode(path)
+            array = _decoded_by_pillow(path) if palette or header.dtype == "uint8" else decode(path)
     if array.dtype == np.bool_:
         array = array.astype(np.uint8)
     if array.size != header.channels * math.prod(header.shape):
@@ -99,12 +100,14 @@ def read_tiff(path: Path, header: TiffHeader, decode: Decode) -> NDArray[np.gene
     return np.array(array, dtype=array.dtype.newbyteorder("="), order="C", copy=array.base is not None)
 
 
-def _palette_indices(path: Path) -> NDArray[np.generic]:
+def _decoded_by_pillow(path: Path) -> NDArray[np.generic]:
+    """Pages of 8 bits as (channel, z, y, x), palettes as their indices; damaged data raise, which they do not in SimpleITK."""
     from PIL import ImageSequence
     from PIL.TiffImagePlugin import TiffImageFile
 
     with TiffImageFile(path) as picture:
-        return np.stack([np.array(frame) for frame in ImageSequence.Iterator(picture)])
+        pages = np.stack([np.array(frame) for frame in ImageSequence.Iterator(picture)])
+    return pages[None] if pages.ndim == 3 else np.moveaxis(pages, -1, 0)
 
 
 def _parts(file: Any) -> list[Any]:
@@ -120,7 +123,7 @@ def _parts(file: Any) -> list[Any]:
 
 def _layout(parts: list[Any]) -> tuple[int, Shape, list[int]]:
     """Channels, shape (z, y, x), and the order that brings the stacked parts to channels, depth, y, x."""
-    axes, sizes = "#" + parts[0].axes, (len(parts), *parts[0].shape)  # "#" counts the parts
+    axes, sizes = "#" + _axes(parts[0]), (len(parts), *parts[0].shape)  # "#" counts the parts
     if axes.count("Y") != 1 or axes.count("X") != 1:
         raise DatasetError(f"has the TIFF axes {parts[0].axes}, expected an image with y and x")
     channel = [i for i, axis in enumerate(axes) if axis in "SC"]
@@ -131,6 +134,16 @@ def _layout(parts: list[Any]) -> tuple[int, Shape, list[int]]:
     y, x = axes.index("Y"), axes.index("X")
     shape = (math.prod(sizes[i] for i in depth), int(sizes[y]), int(sizes[x]))
     return math.prod(sizes[i] for i in channel), shape, [*channel, *depth, y, x]
+
+
+def _axes(series: Any) -> str:
+    """The axes as named, but slices for ImageJ channels that have a distance or are more than ImageJ can show."""
+    axes = str(series.axes)
+    if series.kind == "imagej" and "C" in axes and not set(axes) & set("TZ"):
+        metadata = series.parent.imagej_metadata or {}
+        if metadata.get("spacing") or series.shape[axes.index("C")] > _IMAGEJ_CHANNELS:
+            return axes.replace("C", "Z")
+    return axes
 
 
 def _check_stored(parts: list[Any], channels: int, shape: Shape, file_bytes: int) -> None:

@@ -72,7 +72,7 @@ def fill(stream: Any, dtype: np.dtype[Any], count: int, packed: bool) -> NDArray
         if not got:
             raise DatasetError(f"is truncated: expected {len(view)} bytes of voxels, found {done}; copy or export it again")
         done += got
-    rest = memoryview(bytearray(_BLOCK))
+    rest = memoryview(bytearray(1 << 16))
     extra = 0
     while packed and (got := stream.readinto(rest)):
         extra += got

@@ -115,7 +115,7 @@ def _module(made: Any) -> nn.Module:
 
 
 def build(description: Description, seed: int | None = None) -> Network:
-    """Build the network; with a seed its initial weights are a function of the seed alone and global random state is untouched."""
+    """Build the network; with a seed the initial weights depend on it alone and global random state is untouched."""
     if seed is None:
         return Network(description)
     with torch.random.fork_rng(devices=[]):

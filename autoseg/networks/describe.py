@@ -139,7 +139,7 @@ def _decoder(sketch: _Sketch, configuration: Configuration, skips: list[Node], o
 
 
 def convolution_elements(description: Description, patch: Ints) -> int:
-    """Output elements of every convolution for one sample, deep-supervision heads apart: the reference planner's memory measure."""
+    """Output elements of every convolution for one sample, deep-supervision heads apart."""
     total = 0
     for node in description.nodes:
         if node.op in ("conv", "up") or node.name == description.heads[0]:

@@ -14,7 +14,7 @@ from autoseg.errors import DatasetError, PlanError, RecordError
 from autoseg.files.workspace import Workspace, load_record, save_record
 from autoseg.logs import SILENT, Reporter
 from autoseg.planners.registry import get_planner
-from autoseg.stages.check import check, require_clean
+from autoseg.stages.check import check
 from autoseg.stages.fingerprint import fingerprint
 from autoseg.types.dataset import Dataset, Fault, Split
 from autoseg.types.faults import sort_faults

@@ -28,6 +28,8 @@ from autoseg.types.record import Spec
 from autoseg.types.report import Selection
 
 if TYPE_CHECKING:
+    import torch
+
     from autoseg.inference import Model, Prediction
     from autoseg.types.case import Preprocessed
 
@@ -202,7 +204,7 @@ def _guard(out: Path, identity: Mapping[str, object], overwrite: bool) -> None:
         found = None
     if found != identity:
         raise RunError(
-            f"{out} holds masks of another model or other options (see {path}); choose another --out, or --overwrite to replace them"
+            f"{out} holds masks of another model or other options (see {path}); choose another --out, or give --overwrite"
         )
 
 
@@ -263,17 +265,18 @@ def _finish(
     work: _Work,
     case: CaseFiles,
     ready: _Ready,
-    logits: list[object],
+    logits: list[torch.Tensor],
     rows: dict[str, dict[str, str]],
     failed: dict[str, str],
 ) -> None:
     try:
         begin = time.perf_counter()
-        prediction: Prediction = model.restore(logits, [p.placement for p in ready.prepared], work.probabilities)  # type: ignore[arg-type]
+        prediction: Prediction = model.restore(logits, [p.placement for p in ready.prepared], work.probabilities)
         middle = time.perf_counter()
+        like = Path(case.images[0])
         if prediction.probabilities_czyx is not None:
-            write_probabilities(_probabilities(work.out, case), prediction.probabilities_czyx, ready.image_grid)
-        write_label(_target(work.out, case), prediction.label_zyx, ready.image_grid)
+            write_probabilities(_probabilities(work.out, case), prediction.probabilities_czyx, ready.image_grid, like)
+        write_label(_target(work.out, case), prediction.label_zyx, ready.image_grid, like)
         ready.seconds.update({"restore": middle - begin, "write": time.perf_counter() - middle})
         rows[case.case] = _row(case, ready, prediction.label_zyx, model.labels)
         _write_summary(work, rows)

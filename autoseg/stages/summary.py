@@ -12,13 +12,17 @@ from autoseg.types.report import Selection
 Rows = list[list[str]]
 
 
+def _listed(names: Sequence[str], most: int = 12) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def describe_plan(dataset: Dataset, fingerprint: Fingerprint, plan: Plan, splits: Sequence[Split]) -> tuple[list[str], Rows]:
     """Sentences about data and folds, and one table row per configuration."""
     groups = {case.group for case in dataset.cases if case.group is not None}
     grouped = f", {len(groups)} groups from {dataset.groups_from} kept together" if groups else ""
     facts = [
         f"{dataset.name}: {len(dataset.cases)} cases, channels {', '.join(dataset.channels)}, "
-        f"labels {', '.join(name for name, _ in dataset.labels.targets)}",
+        f"labels {_listed([name for name, _ in dataset.labels.targets])}",
         f"{len(splits)} folds of {' '.join(str(len(split.val)) for split in splits)} validation cases{grouped}",
         *plan.notes,
     ]
@@ -50,7 +54,8 @@ def describe_selection(selection: Selection) -> tuple[list[str], Rows]:
         dice = "-" if candidate.foreground_mean_dice is None else f"{candidate.foreground_mean_dice:.4f}"
         rows.append([" + ".join(candidate.runs), dice, str(candidate.networks), candidate.cost])
     facts = [
-        f"selected: {' + '.join(selection.runs)} on {selection.cases} validation cases of folds {', '.join(map(str, selection.folds))}"
+        f"selected: {' + '.join(selection.runs)}, by {selection.cases} validation cases of folds "
+        + ", ".join(map(str, selection.folds))
     ]
     for trial in selection.postprocessing_tried:
         if trial.before is not None and trial.after is not None:

@@ -105,7 +105,7 @@ def validate(workspace: Workspace, run: str, fold: int, options: Options, report
     report = evaluate(folder.validation, references, labels=record.plan.labels, reporter=reporter)
     save_record(report_path, report)
     reporter.info(
-        f"{run} fold {fold}: mean foreground Dice {report.foreground_mean.get('dice') or 0:.4f} on {len(references)} validation cases"
+        f"{run} fold {fold}: mean foreground Dice {report.foreground_mean.get('dice') or 0:.4f} on {len(references)} cases"
     )
 
 
@@ -182,7 +182,7 @@ def _versions() -> dict[str, str]:
 
 
 def _job(workspace: Workspace, record: RunRecord, options: Options) -> Job:
-    from autoseg.networks.hardware import pick_device
+    from autoseg.networks.hardware import pick_device, pick_precision
     from autoseg.trainers.default import Job
 
     folder = data_folder(workspace, workspace.plan(), record.configuration)
@@ -201,19 +201,20 @@ def _job(workspace: Workspace, record: RunRecord, options: Options) -> Job:
         opened(record.split.train),
         opened(record.split.val),
         device,
-        record.spec.precision,
+        pick_precision(device, record.spec.precision),
         threads,
-    )  # type: ignore[arg-type]
+    )
 
 
 def _tell_time(job: Job, folds: int, reporter: Reporter) -> None:
     from autoseg.trainers.default import seconds_per_step
 
     step = seconds_per_step(job)
-    fold = (job.spec.total_steps + 0.35 * job.spec.epochs * job.spec.val_steps * bool(job.validation)) * step
+    validation = 0.35 * job.spec.epochs * job.spec.val_steps if job.validation else 0
+    fold = (job.spec.total_steps + validation) * step
     reporter.info(
-        f"{job.spec.epochs} epochs of {job.spec.steps_per_epoch} steps, measured {step:.3g} s per step on {job.device} in {job.precision}: "
-        f"about {duration(fold)} per fold, {duration(fold * folds)} for {folds} fold(s), and the validation of their cases"
+        f"{job.spec.epochs} epochs of {job.spec.steps_per_epoch} steps, {step:.3g} s each on {job.device} in {job.precision}: "
+        f"measured, about {duration(fold)} per fold, {duration(fold * folds)} for {folds} fold(s); then their cases are validated"
     )
 
 

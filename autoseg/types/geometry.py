@@ -87,15 +87,20 @@ class AxisMap:
     axes: tuple[int, int, int]
     flips: tuple[bool, bool, bool]
 
+    @property
+    def _turned(self) -> Any:
+        return (..., *(slice(None, None, -1 if flip else 1) for flip in self.flips))
+
     def apply(self, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Permute then flip the last three axes; leading axes stay. Returns a view."""
         lead = array.ndim - 3
         moved = array.transpose(*range(lead), *(lead + a for a in self.axes))
-        return moved[(..., *(slice(None, None, -1 if flip else 1) for flip in self.flips))]
+        turned: np.ndarray[Any, Any] = moved[self._turned]
+        return turned
 
     def invert(self, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Undo `apply`. Returns a view."""
         lead = array.ndim - 3
-        flipped = array[(..., *(slice(None, None, -1 if flip else 1) for flip in self.flips))]
+        flipped: np.ndarray[Any, Any] = array[self._turned]
         back = [self.axes.index(a) for a in range(3)]
-        return flipped.transpose(*range(lead), *(lead + a for a in back))
+        return np.transpose(flipped, (*range(lead), *(lead + a for a in back)))

@@ -100,4 +100,5 @@ class Labels(Record):
         low, high = int(values.min()), int(values.max())
         kinds = (np.uint8, np.uint16, np.int32) if low >= 0 else (np.int8, np.int16, np.int32)
         kind = next((k for k in kinds if np.iinfo(k).min <= low and high <= np.iinfo(k).max), np.int64)
-        return values.astype(kind)[index_zyx]
+        table: NDArray[np.integer] = values.astype(kind)
+        return np.asarray(table[index_zyx])

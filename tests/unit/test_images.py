@@ -363,8 +363,8 @@ def test_picture_masks_use_sixteen_bits_where_values_need_them_and_refuse_what_d
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.bmp", "a.png"]
 
 
-OME_SIZES = {"PhysicalSizeX": 0.5, "PhysicalSizeY": 0.25, "PhysicalSizeZ": 2, "PhysicalSizeXUnit": "mm", "PhysicalSizeYUnit": "mm",
-             "PhysicalSizeZUnit": "mm"}
+OME_SIZES = {"PhysicalSizeX": 0.5, "PhysicalSizeY": 0.25, "PhysicalSizeZ": 2,
+             "PhysicalSizeXUnit": "mm", "PhysicalSizeYUnit": "mm", "PhysicalSizeZUnit": "mm"}
 STACKS = {
     "plain": ({}, None),
     "deflate": ({"compression": "zlib"}, None),
@@ -408,6 +408,15 @@ def test_a_sidecar_gives_the_spacing_of_a_stack_and_the_mask_carries_it(tmp_path
     (tmp_path / "case.json").write_text('{"spacing": [1, 0, 1]}')
     with pytest.raises(GeometryError, match="spacing"):
         read_header(tmp_path / "case_0000.tif")
+
+
+def test_imagej_channels_with_a_distance_between_them_are_slices_and_others_are_channels(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", scene(), imagej=True, metadata={"spacing": 2, "unit": "mm"})
+    assert read_image(tmp_path / "a.tif").grid == Grid(shape=SHAPE, spacing=(2, 1, 1), has_direction=False)
+    tifffile.imwrite(tmp_path / "b.tif", scene(), imagej=True)
+    assert read_image(tmp_path / "b.tif").array_czyx.shape == (5, 1, 6, 7)
+    tifffile.imwrite(tmp_path / "c.tif", scene((9, 6, 7)), imagej=True)
+    assert read_header(tmp_path / "c.tif").grid.shape == (9, 6, 7)
 
 
 def test_pages_written_one_by_one_are_a_stack_and_colour_pages_keep_their_channels(tmp_path):
@@ -530,7 +539,8 @@ def test_reading_and_writing_from_many_threads_gives_the_same(tmp_path):
         ending = (*VOLUMES, ".png", ".tif")[i % 7]
         shape = (1, 6, 7) if ending == ".png" else SHAPE
         label = np.full(shape, i)
-        grid = Grid(shape=shape, spacing=(NO_DEPTH_MM if ending == ".png" else 1, 1, 1), has_direction=ending not in (".png", ".tif"))
+        depth = NO_DEPTH_MM if ending == ".png" else 1
+        grid = Grid(shape=shape, spacing=(depth, 1, 1), has_direction=ending not in (".png", ".tif"))
         write_label(tmp_path / f"{i}{ending}", label, grid)
         return np.array_equal(read_label(tmp_path / f"{i}{ending}")[0], label)
 

@@ -34,16 +34,18 @@ def test_the_three_folders_are_linked_and_flat() -> None:
 @pytest.mark.parametrize("name", SPLIT)
 def test_a_bare_import_of_a_root_folder_is_refused(name: str) -> None:
     run = subprocess.run([sys.executable, "-c", f"import {name}"], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode != 0 and f"import it by that name" in run.stderr
+    assert run.returncode != 0 and "import it by that name" in run.stderr
 
 
 def test_importing_the_package_and_the_planner_needs_no_torch() -> None:
-    code = "import sys, autoseg, autoseg.planners.default, autoseg.networks.describe, autoseg.stages.plan; assert 'torch' not in sys.modules"
+    modules = "sys, autoseg, autoseg.planners.default, autoseg.networks.describe, autoseg.stages.plan"
+    code = f"import {modules}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_fingerprint_reading_is_reachable_as_documented() -> None:
-    subprocess.run([sys.executable, "-c", "import autoseg; autoseg.datasets.nnunet.read_fingerprint; autoseg.plan; autoseg.load"], check=True)
+    code = "import autoseg; autoseg.datasets.nnunet.read_fingerprint; autoseg.plan; autoseg.load"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_version_is_stated_once_to_the_world() -> None:
@@ -63,7 +65,8 @@ def test_only_the_command_line_prints_and_reads_the_environment() -> None:
 def test_nothing_is_unpickled_or_evaluated() -> None:
     for path in [*ROOT.glob("autoseg/*.py"), *ROOT.glob("autoseg/*/*.py")]:
         text = path.read_text()
-        assert not re.search(r"^\s*(import|from) pickle|torch\.load\(|allow_pickle=True|\beval\(\"|\bexec\(", text, re.MULTILINE), path
+        pattern = r"^\s*(import|from) pickle|torch\.load\(|allow_pickle=True|\beval\(\"|\bexec\("
+        assert not re.search(pattern, text, re.MULTILINE), path
 
 
 def test_no_test_folder_is_a_package_and_no_conftest_lies_at_the_root() -> None:
