@@ -60,7 +60,8 @@ class Model:
         mirror: bool = True,
         postprocessing: Sequence[Spec] = (),
     ) -> None:
-        self.members, self.device, self.precision, self.mirror = tuple(members), device, precision, mirror
+        self.members, self.device, self.mirror = tuple(members), device, mirror
+        self.precision: Resolved = precision
         self.postprocessing = tuple(postprocessing)
         for member in self.members:
             for network in member.networks:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from autoseg.errors import PluginError
@@ -24,13 +24,15 @@ def resolve(kind: str, builtin: Mapping[str, T], family: str) -> T:
         return builtin[kind]
     for point in importlib.metadata.entry_points(group=f"autoseg.{family}"):
         if point.name == kind:
-            loaded: Any = point.load()
-            return loaded  # type: ignore[no-any-return]
+            return _load(point.load, kind, family)  # type: ignore[no-any-return]
     if ":" in kind:
         module, _, name = kind.partition(":")
-        try:
-            found: Any = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
-            raise PluginError(f"{family} {kind!r} cannot be imported: {error}") from error
-        return found  # type: ignore[no-any-return]
+        return _load(lambda: getattr(importlib.import_module(module), name), kind, family)  # type: ignore[no-any-return]
     raise PluginError(f"unknown {family} {kind!r}; choose from {', '.join(sorted(builtin))}, or give module:Name")
+
+
+def _load(load: Callable[[], Any], kind: str, family: str) -> Any:
+    try:
+        return load()
+    except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two: an empty or relative module name
+        raise PluginError(f"{family} {kind!r} cannot be imported: {error}") from error

@@ -228,7 +228,7 @@ def _front(trunk: Trunk, space: Space) -> float:
 
 
 def _spine(image: Field, boxes: Boxes, person: Subject, trunk: Trunk) -> Field:
-    """Draw vertebrae, discs and canal; returns the signed distance of the whole column (vertebrae with arches, and discs)."""
+    """Draw vertebrae, discs and canal; returns the signed distance of the whole column (vertebrae with arches, discs, and the canal)."""
     box, near = boxes.around((-42, 12, -1e3), (42, 130, 1e3))
     view, edge = image[box], near.edge_mm
     y = near.y - trunk.spine_y[box]
@@ -242,8 +242,8 @@ def _spine(image: Field, boxes: Boxes, person: Subject, trunk: Trunk) -> Field:
     canal = ellipsoid(local, (0, 22, 0), (10, 8, np.inf))
     arch = np.maximum(np.maximum(np.abs(canal - 3.2) - 3.2, np.abs(along + 1) - 8.5), 13 - y)
     tail = (y - 32) * np.float32(0.55)  # spinous processes slope down
-    spinous = np.maximum(np.maximum(np.abs(near.x) - 3.6, np.abs(along + 3 + np.clip(tail, 0, 9)) - 6.5), np.abs(y - 41) - 12)
-    wings = [capsule(local, (side * 11, 20, 2), (side * 33, 31, 4), 5.5, 4.8) for side in (-1, 1)]
+    spinous = np.maximum(np.maximum(np.abs(near.x) - 5.5, np.abs(along + 3 + np.clip(tail, 0, 9)) - 8), np.abs(y - 37) - 8)
+    wings = [capsule(local, (side * 10, 20, 1), (side * 21, 26, 1), 8.5, 7.0) for side in (-1, 1)]
     back = join(join(arch, spinous, 4), np.minimum(wings[0], wings[1]), 4)
     bone = join(body, back, 2)
     paint(view, column + 0.6, DISC, edge)
@@ -251,7 +251,7 @@ def _spine(image: Field, boxes: Boxes, person: Subject, trunk: Trunk) -> Field:
     paint(view, bone, (CORTEX - (CORTEX - MARROW) * marrow).astype(np.float32), edge)
     paint(view, canal + 0.8, 25, edge)
     spine = np.full(image.shape, 99, np.float32)
-    spine[box] = np.maximum(join(column + 0.6, bone, 2), -canal - 0.8)
+    spine[box] = np.minimum(join(column + 0.6, bone, 2), canal)
     return spine
 
 
@@ -320,7 +320,7 @@ def _nodules(image: Field, boxes: Boxes, trunk: Trunk, person: Subject, rng: np.
     inner, border = (np.argwhere((trunk.lungs > low) & (trunk.lungs < high)) for low, high in ((-40, -9), (-3.5, -1)))
     space = boxes.space
     for _ in range(person.nodules):
-        radius = 3.6 + 5.4 * rng.beta(1.2, 1.6)
+        radius = 4.5 + 5.5 * rng.beta(1.2, 1.6)
         places = border if rng.random() < 0.35 and len(border) else inner
         if not len(places):
             continue

@@ -78,10 +78,10 @@ def start(*arguments: object, before: str = "") -> subprocess.Popen[str]:
     return subprocess.Popen([*head, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def ended(child: subprocess.Popen[str]) -> Ran:
+def ended(child: subprocess.Popen[str], seconds: float = CHILD_SECONDS) -> Ran:
     """Wait for a child; it is killed when it hangs."""
     try:
-        out, err = child.communicate(timeout=CHILD_SECONDS)
+        out, err = child.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         child.kill()
         out, err = child.communicate()

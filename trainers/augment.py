@@ -27,6 +27,7 @@ P_CONTRAST, CONTRAST = 0.15, (0.75, 1.25)
 P_LOW_RESOLUTION, LOW_RESOLUTION, P_LOW_RESOLUTION_CHANNEL = 0.25, (0.5, 1.0), 0.5
 P_GAMMA_INVERTED, P_GAMMA, GAMMA = 0.1, 0.3, (0.7, 1.5)
 P_MIRROR = 0.5
+LABELS_AT_ONCE = 8  # labels resampled together: bounds the memory of label maps with many structures
 
 StepName = Literal["noise", "blur", "brightness", "contrast", "low_resolution", "gamma_inverted", "gamma"]
 
@@ -218,13 +219,16 @@ def _resample(
         sampled = grid_sample(source, grid, mode="bilinear", padding_mode="border", align_corners=True)
         return sampled.reshape(lead, *patch)
 
-    present = torch.unique(label)
+    present = torch.bincount((label.flatten() + 1).int()).nonzero().flatten() - 1
     if len(present) == 1:
-        new_label = torch.full(patch, int(present[0]), dtype=label.dtype, device=label.device)
-    else:
-        scores = sample((label[None] == present.view(-1, 1, 1, 1)).float())
-        new_label = present[scores.argmax(0)].to(label.dtype)
-    return sample(image.float()), new_label
+        return sample(image.float()), torch.full(patch, int(present[0]), dtype=label.dtype, device=label.device)
+    best = torch.full(patch, -1.0, device=label.device)
+    winner = torch.zeros(patch, dtype=torch.long, device=label.device)
+    for group in torch.split(present, LABELS_AT_ONCE):
+        score, index = sample((label[None] == group.view(-1, 1, 1, 1)).float()).max(0)
+        winner = torch.where(score > best, group[index], winner)
+        best = torch.maximum(best, score)
+    return sample(image.float()), winner.to(label.dtype)
 
 
 def _noise(x: torch.Tensor, values: tuple[float, ...], seed: int, in_plane: bool) -> torch.Tensor:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from autoseg.contracts import Batch, Loss
-from autoseg.errors import RunError
+from autoseg.errors import PluginError, RunError
 from autoseg.networks.build import build
 from autoseg.networks.describe import describe
 from autoseg.networks.hardware import Resolved, autocast
@@ -54,8 +55,10 @@ class Training:
     def __init__(self, job: Job) -> None:
         self.job = job
         spec, configuration = job.spec, job.configuration
+        _require("augmentation", spec.augment.kind, "default", spec.augment.options)
+        _require("sampler", spec.sampler.kind, "reference", spec.sampler.options)
         description = describe(configuration, job.channels, job.labels.output_count)
-        self.network = build(description, seed=spec.seed * 1000 + job.fold).to(job.device)
+        self.network = build(description, seed=(spec.seed * 1000 + job.fold) % 2**63).to(job.device)
         self.heads = head_count(len(description.heads), spec.deep_supervision)
         self.batch_size = spec.batch_size or configuration.batch_size
         self.loss: Loss = make_loss(spec.loss, job.labels, configuration.batch_dice)
@@ -102,9 +105,8 @@ class Training:
     def train_step(self, batch: Batch) -> float:
         """One optimiser step; returns the loss."""
         job, fraction = self.job, self.step / self.job.spec.total_steps
-        rate = job.spec.optimizer.lr * learning_rate_factor(fraction, job.spec.schedule)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = self._learning_rate(self.step)
         self.network.train()
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(job.device, job.precision):
@@ -124,8 +126,12 @@ class Training:
         return value
 
     def state(self) -> State:
-        """All that going on exactly here needs (shares memory with the training: save it before the next step)."""
-        tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
+        """All that going on exactly here needs (shares memory with the training: save it before the next step).
+
+        Raises:
+            RunError: the weights are not finite.
+        """
+        tensors = {f"network.{name}": value for name, value in self.weights().items()}
         parameters = dict(self.network.named_parameters())
         for name, parameter in parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
@@ -138,6 +144,7 @@ class Training:
             "waited": self._waited,
             "seconds": self._seconds,
             "scale": float(self.scaler.get_scale()),
+            "scale_age": int(self.scaler.state_dict().get("_growth_tracker", 0)),
         }
         return State(tensors, numbers)
 
@@ -152,23 +159,41 @@ class Training:
             self.network.load_state_dict(network)
         except RuntimeError as error:
             raise RunError(f"the checkpoint does not fit the network: {str(error).splitlines()[0]}") from None
+        slots: dict[str, dict[str, torch.Tensor]] = {}
+        for path, value in state.tensors.items():
+            if path.startswith("optimizer."):
+                _, key, name = path.split(".", 2)
+                slots.setdefault(name, {})[key] = value
         for name, parameter in self.network.named_parameters():
-            slots: dict[str, torch.Tensor] = {}
-            for key, value in state.tensors.items():
-                if key.startswith("optimizer.") and key.endswith(f".{name}") and key.split(".", 2)[2] == name:
-                    slots[key.split(".", 2)[1]] = value.to("cpu" if value.ndim == 0 else parameter.device, copy=True)
-            if slots:
-                self.optimizer.state[parameter] = slots
+            if name in slots:
+                self.optimizer.state[parameter] = {
+                    key: value.to("cpu" if value.ndim == 0 else parameter.device, copy=True) for key, value in slots[name].items()
+                }
         numbers = state.numbers
         self.epoch, self.step_in_epoch = int(numbers["epoch"]), int(numbers["step_in_epoch"])  # type: ignore[arg-type]
         self._losses = list(numbers["losses"])  # type: ignore[arg-type]
         self._waited, self._seconds = float(numbers["waited"]), float(numbers["seconds"])  # type: ignore[arg-type]
         if self.scaler.is_enabled():
-            self.scaler.load_state_dict({**self.scaler.state_dict(), "scale": float(numbers["scale"])})  # type: ignore[arg-type]
+            saved = {"scale": float(numbers["scale"]), "_growth_tracker": int(numbers["scale_age"])}  # type: ignore[arg-type]
+            self.scaler.load_state_dict({**self.scaler.state_dict(), **saved})
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The network's parameters by name."""
-        return dict(self.network.state_dict())
+        """The network's parameters by name.
+
+        Raises:
+            RunError: they are not finite, so that nothing ever saves such weights.
+        """
+        weights = dict(self.network.state_dict())
+        if not all(bool(value.isfinite().all()) for value in weights.values()):
+            raise RunError(
+                f"the weights are no longer finite after step {self.step}; the last checkpoint is intact. "
+                "Lower --set optimizer.lr, or train with --precision fp32"
+            )
+        return weights
+
+    def _learning_rate(self, step: int) -> float:
+        spec = self.job.spec
+        return spec.optimizer.lr * learning_rate_factor(step / spec.total_steps, spec.schedule)
 
     def _loader(self, cases: Sequence[PatchSource]) -> Loader:
         job, configuration = self.job, self.job.configuration
@@ -181,7 +206,6 @@ class Training:
     def _finish_epoch(self, loader: Loader | None) -> EpochRecord:
         begin = time.perf_counter()
         val_loss, pseudo_dice = self._validate(loader) if loader else (None, {})
-        rate = float(self.optimizer.param_groups[0]["lr"])
         self._seconds += time.perf_counter() - begin
         record = EpochRecord(
             epoch=self.epoch,
@@ -189,7 +213,7 @@ class Training:
             train_loss=sum(self._losses) / len(self._losses),
             val_loss=val_loss,
             pseudo_dice=pseudo_dice,
-            learning_rate=rate,
+            learning_rate=self._learning_rate(self.step - 1),
             seconds=self._seconds,
             data_wait=self._waited / max(self._seconds, 1e-9),
         )
@@ -234,22 +258,34 @@ def _overlap(logits: torch.Tensor, label: torch.Tensor, targets: Targets) -> tor
 
 
 def make_optimizer(network: nn.Module, spec: OptimizerSpec) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum, or AdamW.
+    """SGD with Nesterov momentum, or AdamW; `options` go to torch's class of that name.
 
     Raises:
-        RunError: unknown kind.
+        RunError: unknown kind, or options that torch does not take.
     """
-    if spec.kind == "sgd":
-        return torch.optim.SGD(
-            network.parameters(), spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay, nesterov=spec.momentum > 0
-        )
-    if spec.kind == "adamw":
-        return torch.optim.AdamW(network.parameters(), spec.lr, weight_decay=spec.weight_decay)
-    raise RunError(f"unknown optimizer {spec.kind!r}; choose sgd or adamw")
+    kinds: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+        "sgd": (torch.optim.SGD, {"momentum": spec.momentum, "nesterov": spec.momentum > 0}),
+        "adamw": (torch.optim.AdamW, {}),
+    }
+    if spec.kind not in kinds:
+        raise RunError(f"unknown optimizer {spec.kind!r}; choose from {', '.join(kinds)}")
+    kind, own = kinds[spec.kind]
+    try:
+        return kind(network.parameters(), **{"lr": spec.lr, "weight_decay": spec.weight_decay, **own, **spec.options})
+    except (TypeError, ValueError) as error:
+        raise RunError(f"optimizer {spec.kind} cannot be made with options {spec.options}: {error}") from None
+
+
+def _require(family: str, kind: str, known: str, options: Mapping[str, object]) -> None:
+    """Refuse what would otherwise be ignored."""
+    if kind != known:
+        raise PluginError(f"unknown {family} {kind!r}; choose from {known}")
+    if options:
+        raise PluginError(f"{family} {kind!r} takes no options, found {', '.join(options)}")
 
 
 def seconds_per_step(job: Job, steps: int = 2) -> float:
-    """Measure a training step of this job on random data, on a network that is thrown away; one step warms up."""
+    """Seconds of a training step of this job, on blank patches and a network that is thrown away; one step warms up."""
     training = Training(job)
     configuration = job.configuration
     image = torch.zeros(training.batch_size, job.channels, *configuration.patch_size, device=job.device)

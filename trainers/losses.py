@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from autoseg.contracts import Batch, Loss
+from autoseg.errors import PluginError
 from autoseg.plugins import resolve
 from autoseg.types.labels import Labels
 from autoseg.types.run import LossSpec
@@ -19,17 +21,18 @@ SMOOTH = 1e-5  # nnU-Net's soft Dice
 
 @dataclass(frozen=True)
 class Targets:
-    """How inside label indices become targets: softmax classes, or one sigmoid output per region."""
+    """How inside label indices (0 to `labels`) become targets: softmax classes, or one sigmoid output per region."""
 
     classes: int
     ignore_index: int | None
     regions: tuple[tuple[int, ...], ...]
+    labels: int
 
     @classmethod
     def of(cls, labels: Labels) -> Targets:
         """Targets of a label record."""
         regions = tuple(indices for _, indices in labels.targets) if labels.regions else ()
-        return cls(labels.output_count, labels.ignore_index, regions)
+        return cls(labels.output_count, labels.ignore_index, regions, len(labels.foreground))
 
     def valid(self, label: torch.Tensor) -> torch.Tensor | None:
         """Mask of voxels that are annotated, or None when all are."""
@@ -40,12 +43,12 @@ class Targets:
         if self.ignore_index is not None:
             label = torch.where(label == self.ignore_index, 0, label)
         if self.regions:
-            highest = max(max(region) for region in self.regions)
-            table = torch.zeros(len(self.regions), max(highest, int(label.max())) + 1, device=label.device)
+            table = torch.zeros(len(self.regions), self.labels + 1, device=label.device)
             for row, region in enumerate(self.regions):
                 table[row, list(region)] = 1
             return table[:, label].movedim(0, 1)
-        return one_hot(label, self.classes).movedim(-1, 1).float()
+        classes = torch.arange(self.classes, device=label.device).view(1, -1, *[1] * (label.ndim - 1))
+        return (label[:, None] == classes).float()
 
 
 def soft_dice(logits: torch.Tensor, label: torch.Tensor, targets: Targets, batch_dice: bool) -> torch.Tensor:
@@ -100,7 +103,7 @@ TERMS: dict[str, Term] = {"dice_ce": _dice_ce, "dice": soft_dice, "ce": _ce}
 class DeepSupervision:
     """A term at every head, weights 1, 1/2, 1/4, ... normalised to sum 1; the label map is strided, not copied."""
 
-    term: Callable[[torch.Tensor, torch.Tensor, Targets, bool], torch.Tensor]
+    term: Term
     targets: Targets
     batch_dice: bool
 
@@ -134,10 +137,15 @@ def make_loss(spec: LossSpec, labels: Labels, batch_dice: bool) -> Loss:
     """Build the loss of a run: a built-in term, or a plug-in called as kind(labels=..., batch_dice=..., **options).
 
     Raises:
-        PluginError: unknown kind.
+        PluginError: unknown kind, or options that a built-in one does not have.
     """
     if spec.kind not in TERMS:
-        factory: Callable[..., Loss] = resolve(spec.kind, dict.fromkeys(TERMS), "losses")  # type: ignore[assignment]
-        return factory(labels=labels, batch_dice=batch_dice, **spec.options)
-    term = partial(TERMS[spec.kind], **spec.options) if spec.options else TERMS[spec.kind]
-    return DeepSupervision(term, Targets.of(labels), batch_dice)
+        builtin: dict[str, Callable[..., Loss]] = dict.fromkeys(TERMS, make_loss)  # only their names are needed
+        return resolve(spec.kind, builtin, "loss")(labels=labels, batch_dice=batch_dice, **spec.options)
+    term = TERMS[spec.kind]
+    known = [p.name for p in inspect.signature(term).parameters.values() if p.default is not p.empty]
+    wrong = [f"{key}={value!r}" for key, value in spec.options.items() if key not in known or not isinstance(value, int | float)]
+    if wrong:
+        options = f"these numbers as options: {', '.join(known)}" if known else "no options"
+        raise PluginError(f"loss {spec.kind!r} takes {options}; found {', '.join(wrong)}")
+    return DeepSupervision(partial(term, **spec.options), Targets.of(labels), batch_dice)

@@ -34,7 +34,7 @@ class PatchSource(Protocol):
 
     @property
     def locations(self) -> Mapping[int, NDArray[np.integer]]:
-        """Sampled voxels (n, 3) of each target 1..K that is present; 0: annotated voxels where an ignore label exists."""
+        """Sampled voxels (n, 3), n > 0, of each target 1..K that is present; 0: annotated voxels where an ignore label exists."""
         ...
 
     def read_image(self, box: tuple[slice, slice, slice]) -> NDArray[np.float32]:

@@ -26,4 +26,4 @@ def learning_rate_factor(fraction: float, spec: ScheduleSpec) -> float:
     """Factor on the base learning rate after `fraction` (0 to 1) of the run; a warm-up rises linearly first."""
     if fraction < spec.warmup:
         return (fraction + 1e-3) / (spec.warmup + 1e-3)
-    return resolve(spec.kind, SCHEDULES, "schedules")((fraction - spec.warmup) / (1 - spec.warmup), spec)
+    return resolve(spec.kind, SCHEDULES, "schedule")((fraction - spec.warmup) / (1 - spec.warmup), spec)

@@ -26,10 +26,10 @@ class Tiling:
 
 
 def starts_along(size: int, patch: int, step: float = STEP) -> list[int]:
-    """Evenly spread tile starts along one axis, at most step x patch apart, first at 0, last flush with the end."""
+    """Evenly spread tile starts along one axis, at most step x patch (at least 1) apart, first at 0, last flush with the end."""
     if size <= patch:
         return [0]
-    count = math.ceil((size - patch) / (patch * step)) + 1
+    count = math.ceil((size - patch) / max(1.0, patch * step)) + 1  # a patch one voxel thick (2D) visits every slice once
     return [round(i * (size - patch) / (count - 1)) for i in range(count)]
 
 

@@ -169,7 +169,7 @@ def write(path: Path, array: NDArray[Any], grid: Grid, like: NiftiHeader | None 
     dtype = np.dtype(array.dtype).newbyteorder(like.record.dtype["datatype"].byteorder if like else "<")
     record = like.record.copy() if like else _geometry_record(grid)
     _describe_voxels(record, array, dtype, flat=not grid.has_direction and grid.shape[0] == 1)
-    header = record.tobytes() + bytes(_DATA_START - _SIZE)
+    header = _header_bytes(record) + bytes(_DATA_START - _SIZE)
     with path.open("wb") as file:
         if not path.name.lower().endswith(".gz"):
             file.write(header)
@@ -178,6 +178,15 @@ def write(path: Path, array: NDArray[Any], grid: Grid, like: NiftiHeader | None 
         with igzip().IGzipFile(filename="", mode="wb", compresslevel=1, fileobj=file, mtime=0) as packed:
             packed.write(header)
             _write_blocks(packed, array, dtype)
+
+
+def _header_bytes(record: Any) -> bytes:
+    """The record's fields with zeros between them, where a copy of it holds whatever was in memory."""
+    raw = bytearray(_SIZE)
+    clean = np.frombuffer(raw, record.dtype)
+    for name in _FIELDS:
+        clean[name] = record[name]
+    return bytes(raw)
 
 
 def _write_blocks(stream: Any, array: NDArray[Any], dtype: np.dtype[Any]) -> None:

@@ -10,7 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from autoseg.errors import RunError
+from pydantic import ValidationError
+
+from autoseg.errors import RecordError, RunError
 from autoseg.files.workspace import atomic_path, load_record, save_record, write_text
 from autoseg.types.run import EpochRecord, RunRecord
 
@@ -59,11 +61,15 @@ class RunFolder:
         write_text(self.path / "metrics.jsonl", "".join(json.dumps(e.model_dump(mode="json")) + "\n" for e in epochs))
 
     def metrics(self) -> list[EpochRecord]:
-        """Read metrics.jsonl; empty when there is none."""
+        """Read metrics.jsonl; empty when there is none. Raises RecordError when a line is damaged."""
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return []
-        return [EpochRecord.model_validate_json(line) for line in path.read_text().splitlines() if line.strip()]
+        lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        try:
+            return [EpochRecord.model_validate_json(line) for line in lines]
+        except ValidationError as error:
+            raise RecordError(f"{path} is damaged: {str(error).splitlines()[0]}; mend or remove the line") from None
 
     def save_weights(self, tensors: dict[str, torch.Tensor]) -> None:
         """Write weights.safetensors, which marks the run as finished, and drop the checkpoints."""
@@ -75,7 +81,8 @@ class RunFolder:
         root = self.path / "resume"
         root.mkdir(parents=True, exist_ok=True)
         temporary, final = root / f".step_{step}", root / f"step_{step:09d}"
-        shutil.rmtree(temporary, ignore_errors=True)
+        for torn in root.glob(".step_*"):
+            shutil.rmtree(torn, ignore_errors=True)
         temporary.mkdir()
         save_tensors(temporary / "tensors.safetensors", tensors)
         write_text(
@@ -93,7 +100,7 @@ class RunFolder:
                 state = json.loads((folder / "state.json").read_text())
                 if state["sha256"] == _sha256(folder / "tensors.safetensors"):
                     return load_tensors(folder / "tensors.safetensors"), state["numbers"]
-            except (OSError, KeyError, json.JSONDecodeError, RunError):
+            except (OSError, ValueError, KeyError, TypeError, RunError):  # torn or altered: an older one will do
                 continue
         return None
 

@@ -72,7 +72,9 @@ def load_record(path: Path, kind: type[T]) -> T:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecordError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except OSError as error:
+        raise RecordError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:  # ValueError: not JSON, not UTF-8, or a number of thousands of digits
         raise RecordError(f"{path} is not valid JSON: {error}") from None
     return validate(data, kind, str(path))
 

@@ -119,5 +119,5 @@ def build(description: Description, seed: int | None = None) -> Network:
     if seed is None:
         return Network(description)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which would seed every GPU too
         return Network(description)

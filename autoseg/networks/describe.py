@@ -126,8 +126,6 @@ def _decoder(sketch: _Sketch, configuration: Configuration, skips: list[Node], o
     """Up-sample, concatenate the skip, convolve; a head at every level. Returns the heads, finest first."""
     node, heads = skips[-1], []
     ones = (1,) * configuration.dims
-    if len(skips) == 1:
-        return [sketch.add(Node("head_0", "head", (node.name,), output_channels, node.scale, ones, ones)).name]
     for stage in range(len(skips) - 2, -1, -1):
         skip, stride, kernel = skips[stage], configuration.strides[stage + 1], configuration.kernel_sizes[stage]
         node = sketch.add(Node(f"up_{stage}", "up", (node.name,), skip.channels, skip.scale, stride, stride))

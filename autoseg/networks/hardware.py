@@ -23,16 +23,18 @@ def pick_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
+        if device.type in ("cpu", "cuda", "mps"):
+            return device
+        reason = "it is not a device to train or predict on"
     except (RuntimeError, AssertionError) as error:
-        raise RunError(
-            f"device {name!r} cannot be used here: {str(error).splitlines()[0]}; choose auto, cpu, cuda, cuda:1 or mps"
-        ) from None
-    return device
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    raise RunError(f"device {name!r} cannot be used here: {reason}; choose auto, cpu, cuda, cuda:1 or mps")
 
 
 def cpu_has_bf16() -> bool:
     """Whether the processor multiplies bfloat16 in hardware (AVX512-BF16 or AMX)."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # older releases of torch have neither
+    return any(getattr(torch.cpu, name, bool)() for name in names)
 
 
 def pick_precision(device: torch.device, wanted: str = "auto") -> Resolved:

@@ -27,7 +27,7 @@ def apply_settings(spec: TrainSpec, settings: Sequence[str]) -> TrainSpec:
         for depth, part in enumerate(parts[:-1]):
             _require(place, part, parts[:depth], setting)
             place = place[part]
-        if parts[-2:-1] != ["options"]:
+        if parts[-2:-1] != ["options"] or not isinstance(place, dict):
             _require(place, parts[-1], parts[:-1], setting)
         place[parts[-1]] = _value(text)
     return validate(data, TrainSpec, "the training record (--set)")
@@ -42,5 +42,5 @@ def _require(place: Any, part: str, above: Sequence[str], setting: str) -> None:
 def _value(text: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return text

@@ -1,0 +1,217 @@
+"""Models in memory: with networks that compute something simple, the labels can be worked out by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from autoseg.errors import GeometryError
+from autoseg.inference import Member, Model
+from autoseg.networks.build import build
+from autoseg.networks.describe import describe
+from autoseg.types.case import Image
+from autoseg.types.geometry import Grid
+from autoseg.types.labels import Label, Labels, Region
+from autoseg.types.plan import Configuration, Plan
+from autoseg.types.record import Spec
+
+CPU = torch.device("cpu")
+ABC = Labels(foreground=(Label(name="a", value=3), Label(name="b", value=300)))
+NESTED = Labels(
+    foreground=(Label(name="edema", value=1), Label(name="core", value=4)),
+    regions=(Region(name="whole", values=(1, 4)), Region(name="core", values=(4,))), region_order=(1, 4),
+)
+
+
+def configuration(patch: tuple[int, ...], channels: int = 1, spacing: float = 1.0) -> Configuration:
+    dims = len(patch)
+    return Configuration(
+        patch_size=patch, batch_size=3, spacing=(spacing,) * dims, median_shape=tuple(map(float, patch)),
+        strides=((1,) * dims, (2,) * dims), kernel_sizes=((3,) * dims,) * 2, features_per_stage=(4, 8), blocks_per_stage=(1, 1),
+        decoder_blocks_per_stage=(1,), batch_dice=False, normalization=("NoNormalization",) * channels,
+        use_mask_for_norm=(False,) * channels,
+    )
+
+
+def plan(labels: Labels = ABC, transpose: tuple[int, int, int] = (0, 1, 2), **configurations: Configuration) -> Plan:
+    channels = len(next(iter(configurations.values())).normalization)
+    return Plan(
+        dataset_name="x", planner="default", gpu_memory_gb=8, transpose_forward=transpose,
+        channels=tuple(f"channel{i}" for i in range(channels)), labels=labels, intensities=(), configurations=configurations,
+    )
+
+
+class Pointwise(nn.Module):
+    """Logits of background, a and b from the first channel: a where it is about 1, b where it is about 2 or more."""
+
+    def __init__(self, bias: float = 0.0) -> None:
+        super().__init__()
+        self.bias = bias
+        self.seen: list[tuple[int, ...]] = []
+
+    def forward(self, x: torch.Tensor, head_count: int = 1) -> list[torch.Tensor]:
+        self.seen.append(tuple(x.shape))
+        value = x[:, 0] + self.bias
+        return [torch.stack([torch.full_like(value, 0.25), value - 0.25, 2 * value - 2.0], 1)]
+
+
+class Slope(nn.Module):
+    """Says a where a voxel is brighter than its right neighbour in the tile: flips change its answer."""
+
+    def forward(self, x: torch.Tensor, head_count: int = 1) -> list[torch.Tensor]:
+        value = x[:, 0] - torch.roll(x[:, 0], -1, -1)
+        return [torch.stack([torch.zeros_like(value), value, torch.full_like(value, -9.0)], 1)]
+
+
+class Regions(nn.Module):
+    """Two regions: the first where the channel exceeds 0.5, the second where it exceeds 1.5."""
+
+    def forward(self, x: torch.Tensor, head_count: int = 1) -> list[torch.Tensor]:
+        return [torch.stack([x[:, 0] - 0.5, x[:, 0] - 1.5], 1)]
+
+
+def model(network: Any, patch: tuple[int, ...], labels: Labels = ABC, mirror: bool = True, **options: Any) -> Model:
+    networks = network if isinstance(network, tuple) else (network,)
+    channels = options.pop("channels", 1)
+    member = Member(plan(labels, c=configuration(patch, channels)), "c", networks, tuple(range(len(patch))))
+    return Model([member], CPU, "fp32", mirror, **options)
+
+
+def steps_image(shape: tuple[int, ...], seed: int = 0, high: int = 3) -> NDArray[np.float32]:
+    return np.random.default_rng(seed).integers(0, high, shape).astype(np.float32)
+
+
+def by_hand(channel: NDArray[np.float32]) -> NDArray[np.int64]:
+    return np.select([channel >= 2, channel >= 1], [300, 3], 0)
+
+
+@pytest.mark.parametrize("mirror", [True, False])
+@pytest.mark.parametrize(("patch", "shape"), [
+    ((8, 8, 8), (1, 13, 9, 20)), ((8, 8, 8), (1, 3, 4, 5)), ((8, 8), (1, 5, 13, 9)), ((8, 8), (1, 13, 9)), ((8, 8), (1, 3, 2)),
+])
+def test_a_pointwise_network_labels_every_voxel_by_its_value(
+    patch: tuple[int, ...], shape: tuple[int, ...], mirror: bool
+) -> None:
+    image = steps_image(shape)
+    label = model(Pointwise(), patch, mirror=mirror).predict(image)
+    assert label.shape == shape[1:] and label.dtype == np.uint16
+    assert np.array_equal(label, by_hand(image[0]))
+
+
+def test_the_networks_see_whole_patches_in_batches() -> None:
+    network = Pointwise()
+    model(network, (8, 8), mirror=False).predict(steps_image((1, 4, 8, 8)) + 1)
+    assert network.seen == [(3, 1, 8, 8), (1, 1, 8, 8)]
+    network = Pointwise()
+    model(network, (8, 8, 8)).predict(steps_image((1, 8, 8, 8)) + 1)
+    assert network.seen == [(1, 1, 8, 8, 8)] * 8
+
+
+def test_mirroring_averages_over_flips() -> None:
+    image = np.arange(1, 9, dtype=np.float32)[None, None].repeat(8, 1)  # brighter to the right, everywhere
+    straight = model(Slope(), (8, 8), mirror=False).predict(image)
+    assert not straight[:, :-1].any() and (straight[:, -1] == 3).all()
+    member = model(Slope(), (8, 8)).members[0]
+    full = Model([member], CPU, "fp32", mirror=True)
+    (case,) = full.prepare(Image(image[:, None], Grid(shape=(1, 8, 8), spacing=(999.0, 1.0, 1.0), has_direction=False), ""))
+    logits = full.logits(member, case)[1, 0]
+    one = torch.from_numpy(image[0]) - torch.roll(torch.from_numpy(image[0]), -1, -1)
+    other = (torch.from_numpy(image[0]).flip(-1) - torch.roll(torch.from_numpy(image[0]).flip(-1), -1, -1)).flip(-1)
+    torch.testing.assert_close(logits, (one + other) / 2)
+
+
+def test_folds_are_averaged() -> None:
+    image = np.full((1, 8, 8, 8), 1.0, np.float32)
+    assert (model((Pointwise(0.0), Pointwise(0.0)), (8, 8, 8)).predict(image) == 3).all()
+    assert (model((Pointwise(0.0), Pointwise(3.0)), (8, 8, 8)).predict(image) == 300).all()
+    assert (model((Pointwise(-1.0), Pointwise(-0.8)), (8, 8, 8)).predict(image) == 0).all()
+    both = model((Pointwise(0.0), Pointwise(3.0)), (8, 8, 8))
+    (case,) = both.prepare(Image(image, Grid(shape=(8, 8, 8), spacing=(1.0, 1.0, 1.0)), ""))
+    logits = both.logits(both.members[0], case)
+    assert logits[:, 4, 4, 4].tolist() == pytest.approx([0.25, 2.25, 3.0])  # means of 0.25 and 0.25, 0.75 and 3.75, 0 and 6
+
+
+def test_members_of_different_dimensions_are_averaged() -> None:
+    both = plan(ABC, flat=configuration((8, 8)), full=configuration((8, 8, 8)))
+    image = steps_image((1, 9, 10, 11))
+    members = [Member(both, "flat", (Pointwise(),), (0, 1)), Member(both, "full", (Pointwise(),), (0, 1, 2))]  # type: ignore[arg-type]
+    assert np.array_equal(Model(members, CPU, "fp32").predict(image), by_hand(image[0]))
+
+
+def test_later_regions_overwrite_earlier_ones() -> None:
+    image = steps_image((1, 6, 7, 8))
+    label = model(Regions(), (8, 8, 8), NESTED).predict(image)
+    assert np.array_equal(label, np.select([image[0] >= 2, image[0] >= 1], [4, 1], 0))
+
+
+def test_labels_come_back_in_the_images_own_axes_after_a_transpose() -> None:
+    member = Member(plan(ABC, (2, 0, 1), c=configuration((8, 8, 8))), "c", (Pointwise(),), (0, 1, 2))  # type: ignore[arg-type]
+    image = steps_image((1, 5, 9, 12))
+    assert np.array_equal(Model([member], CPU, "fp32").predict(image), by_hand(image[0]))
+
+
+def test_the_result_lies_on_the_images_grid_whatever_the_networks_spacing() -> None:
+    image = np.zeros((1, 20, 24, 28), np.float32)
+    image[0, 5:15, 6:18, 7:21] = 1
+    member = Member(plan(ABC, c=configuration((8, 8, 8), spacing=1.5)), "c", (Pointwise(),), (0, 1, 2))  # type: ignore[arg-type]
+    label = Model([member], CPU, "fp32").predict(image, (1.0, 1.0, 1.0))
+    assert label.shape == image.shape[1:]
+    assert 2 * ((label == 3) & (image[0] == 1)).sum() / ((label == 3).sum() + (image[0] == 1).sum()) > 0.97
+
+
+def test_probabilities_are_those_of_the_mean_logits_and_times_are_told() -> None:
+    image = steps_image((1, 5, 6, 7), high=2) + 1
+    prediction = model(Pointwise(), (8, 8, 8)).predict_image(
+        Image(image, Grid(shape=(5, 6, 7), spacing=(1.0, 1.0, 1.0)), ".nii.gz"), probabilities=True
+    )
+    assert prediction.probabilities_czyx is not None
+    logits = Pointwise()(torch.from_numpy(image)[None])[0][0]
+    np.testing.assert_allclose(prediction.probabilities_czyx, logits.softmax(0).numpy(), atol=1e-5)
+    assert set(prediction.seconds) == {"preprocess", "network", "restore"}
+
+
+def test_post_processing_is_applied_to_inside_labels() -> None:
+    image = np.zeros((1, 8, 8, 8), np.float32)
+    image[0, :3], image[0, 6, 6, 6] = 1, 1
+    image[0, 7, 0, 0] = 2
+    steps = [Spec(kind="largest_component", options={"labels": [1]})]
+    label = model(Pointwise(), (8, 8, 8), postprocessing=steps).predict(image)
+    expected = by_hand(image[0])
+    expected[6, 6, 6] = 0
+    assert np.array_equal(label, expected)
+
+
+@pytest.mark.parametrize(("shape", "message"), [
+    ((2, 8, 8, 8), r"the model was trained on 1 channel\(s\) \(channel0\), found 2 in the image"),
+    ((9, 8, 8), r"trained on 1 channel\(s\) \(channel0\), found 9"),
+    ((8, 8), r"expected an array \(channel, z, y, x\) or \(channel, y, x\), found shape \(8, 8\)"),
+    ((1, 1, 8, 8, 8), r"found shape \(1, 1, 8, 8, 8\)"),
+])
+def test_arrays_of_another_shape_are_refused(shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(GeometryError, match=message):
+        model(Pointwise(), (8, 8, 8)).predict(np.zeros(shape, np.float32))
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int16, np.float64, np.bool_])
+def test_any_type_of_number_can_be_predicted_and_the_input_stays(kind: type[np.generic]) -> None:
+    image = steps_image((1, 6, 7, 8), high=2).astype(kind)
+    before = image.copy()
+    assert np.array_equal(model(Pointwise(), (8, 8, 8)).predict(image[:, ::-1]), by_hand(image[0, ::-1].astype(np.float32)))
+    assert np.array_equal(image, before)
+
+
+@pytest.mark.parametrize(("patch", "shape"), [((8, 8, 8), (2, 9, 10, 11)), ((8, 8), (2, 9, 10)), ((8, 8), (2, 3, 9, 10))])
+def test_a_real_network_in_bf16_says_about_the_same_as_in_fp32(patch: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    config = configuration(patch, channels=2)
+    image = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    labels = []
+    for precision in ("fp32", "bf16"):
+        network = build(describe(config, 2, 3), seed=0)
+        labels.append(Model([Member(plan(ABC, c=config), "c", (network,), (0,))], CPU, precision).predict(image))  # type: ignore[arg-type]
+    assert not any(p.requires_grad for p in network.parameters()) and not network.training
+    assert len(np.unique(labels[0])) > 1 and (labels[0] == labels[1]).mean() > 0.95
