@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
@@ -43,6 +44,17 @@ out = Console(soft_wrap=True, highlight=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 interrupts = Interrupts()
 
+FILE_PROBLEMS = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+)
 PLAIN_SECONDS = 10.0  # between plain progress lines when there is no terminal
 
 WorkArgument = Annotated[Path, typer.Argument(help="The work folder.")]
@@ -378,6 +390,11 @@ def main() -> None:
         sys.exit(3)
     except AutosegError as error:
         err.print(f"error: {error}", markup=False)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in FILE_PROBLEMS:
+            raise
+        err.print(f"error: {error.strerror}: {error.filename or 'a file'}; nothing was left half-written", markup=False)
         sys.exit(2)
     except Interrupted as error:
         _interrupted(error.signum)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,8 @@ from autoseg.arrays.components import apply_postprocessing
 from autoseg.arrays.preprocess import preprocess
 from autoseg.arrays.restore import restore_ensemble
 from autoseg.arrays.tiles import make_tiling, sliding_window
-from autoseg.errors import GeometryError
+from autoseg.errors import DatasetError, GeometryError
+from autoseg.files.machine import memory_available_bytes
 from autoseg.networks.build import Network
 from autoseg.networks.hardware import Resolved, autocast
 from autoseg.types.case import Image, Placement, Preprocessed
@@ -109,13 +111,33 @@ class Model:
 
         Raises:
             GeometryError: wrong number of channels.
+            DatasetError: NaN or infinite voxels, or a case that cannot fit into the memory there is.
         """
         if len(image.array_czyx) != len(self.channels):
             raise GeometryError(
                 f"the model was trained on {len(self.channels)} channel(s) ({', '.join(self.channels)}), "
                 f"found {len(image.array_czyx)} in the image"
             )
+        if not np.isfinite(image.array_czyx).all():
+            raise DatasetError("the image holds NaN or infinite voxels; repair it (autoseg check lists such cases)")
+        for member in self.members:
+            self._require_memory(image.grid, member)
         return [preprocess(image, None, member.plan, member.configuration) for member in self.members]
+
+    def _require_memory(self, grid: Grid, member: Member) -> None:
+        """Refuse an image whose spacing would blow it up beyond the machine's memory, before anything is allocated."""
+        axes = range(3) if member.configuration.dims == 3 else (1, 2)
+        oriented = grid.mapped(grid.to_lps()) if member.plan.orientation == "LPS" else grid
+        voxels = float(math.prod(grid.shape))
+        for axis, new in zip(axes, member.configuration.spacing, strict=True):
+            voxels *= oriented.spacing[member.plan.transpose_forward[axis]] / new
+        needed, free = 4 * voxels * (2 * len(self.channels) + self.labels.output_count + 1), memory_available_bytes()
+        if needed > free:
+            raise DatasetError(
+                f"the image of {_times(oriented.shape)} voxels, {_times(oriented.spacing)} mm each, would be resampled to "
+                f"{voxels / 1e6:.0f} million voxels of {_times(member.configuration.spacing)} mm, which needs about "
+                f"{needed / 2**30:.1f} GiB of memory; {free / 2**30:.1f} GiB are free. Is its spacing right?"
+            )
 
     @torch.inference_mode()
     def logits(self, member: Member, case: Preprocessed, advance: Callable[[int], None] = lambda n: None) -> torch.Tensor:
@@ -156,3 +178,7 @@ class Model:
         if self.postprocessing:
             inside = apply_postprocessing(inside, self.postprocessing)
         return Prediction(labels.decode(inside), dense)
+
+
+def _times(numbers: Sequence[float]) -> str:
+    return " x ".join(f"{number:.4g}" for number in numbers)

@@ -61,7 +61,7 @@ class DemoResult:
     masks: Path
 
 
-DEMO_CASES, DEMO_UNSEEN, DEMO_SEED = 20, 4, 2026
+DEMO_CASES, DEMO_UNSEEN, DEMO_SEED, DEMO_SIZE = 20, 4, 2026, 0.8
 DEMO_MEMORY_GB = 0.45
 DEMO_FEATURES = (12, 24, 48, 96, 96, 96)  # instead of 32 to 320: thin enough for a laptop's processor
 DEMO_SPEC = TrainSpec(
@@ -83,7 +83,7 @@ def demo(
 ) -> DemoResult:
     """The whole method on built-in phantoms, with a thin network and a short training, then judged on unseen cases."""
     data, workspace, masks = out / "data", Workspace(out / "work"), out / "masks"
-    write_dataset(data, kind, DEMO_CASES, DEMO_UNSEEN, DEMO_SEED, reporter)
+    write_dataset(data, kind, DEMO_CASES, DEMO_UNSEEN, DEMO_SEED, reporter, DEMO_SIZE)
     if not workspace.plan_path.exists():
         made = plan(data, workspace, gpu_memory_gb=DEMO_MEMORY_GB, reporter=reporter).plan
         thin = {"3d_fullres": _thin(made.configurations["3d_fullres"])}

@@ -228,7 +228,7 @@ def _front(trunk: Trunk, space: Space) -> float:
 
 
 def _spine(image: Field, boxes: Boxes, person: Subject, trunk: Trunk) -> Field:
-    """Draw vertebrae, discs and canal; returns the signed distance of the whole column (vertebrae with arches, discs, and the canal)."""
+    """Draw vertebrae, discs and canal; returns the signed distance of the whole column, arches and canal included."""
     box, near = boxes.around((-42, 12, -1e3), (42, 130, 1e3))
     view, edge = image[box], near.edge_mm
     y = near.y - trunk.spine_y[box]

@@ -1,4 +1,4 @@
-"""What the tests of the command line share: ways to call it, tiny phantoms, and work folders that are planned and trained once."""
+"""What the tests of the command line share: ways to call it, tiny phantoms, work folders that are planned and trained once."""
 
 from __future__ import annotations
 

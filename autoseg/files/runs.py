@@ -105,8 +105,17 @@ class RunFolder:
         return None
 
     def clear(self) -> None:
-        """Remove everything, for a fresh start."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Remove everything, for a fresh start; a kill in the middle leaves either all of it or nothing that counts."""
+        trash = self.path.with_name(f".{self.path.name}-removed")
+        shutil.rmtree(trash, ignore_errors=True)
+        if self.path.exists():
+            os.replace(self.path, trash)
+        shutil.rmtree(trash, ignore_errors=True)
+
+    def remove_leftovers(self) -> None:
+        """Remove temporary files that a killed process left."""
+        for path in self.path.glob(".*-*"):
+            path.unlink(missing_ok=True)
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:

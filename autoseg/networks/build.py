@@ -23,10 +23,16 @@ class ConvUnit(nn.Module):
         self.conv: nn.Module = conv(inputs, node.channels, node.kernel, node.stride, padding, bias=node.bias)
         self.norm: nn.Module | None = norm(node.channels, eps=1e-5, affine=True) if node.norm else None
         self.activation: nn.Module | None = nn.LeakyReLU(SLOPE, inplace=True) if node.activation else None
+        self._across_slices = dims == 3 and node.kernel[0] > 1
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, inputs, *size) -> (batch, channels, *size / stride)."""
-        x = self.conv(x)
+        if self._across_slices and x.shape[2] == 2 and x.device.type == "cpu":
+            # with two slices, oneDNN's bf16 weight gradient holds uninitialised memory (torch 2.13): NaN every few steps
+            with torch.autocast("cpu", enabled=False):
+                x = self.conv(x.float())
+        else:
+            x = self.conv(x)
         if self.norm is not None:
             x = self.norm(x)
         return x if self.activation is None else self.activation(x)

@@ -54,6 +54,11 @@ def pick_precision(device: torch.device, wanted: str = "auto") -> Resolved:
     return wanted  # type: ignore[return-value]
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch ran out of the device's or the machine's memory."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def autocast(device: torch.device, precision: Resolved) -> AbstractContextManager[object]:
     """A context in which the network computes in `precision`."""
     if precision == "fp32":

@@ -116,18 +116,20 @@ def _splits(workspace: Workspace, dataset: Dataset, measured: Fingerprint, fresh
         case.case: frozenset(names[name] for name, label in case.labels.items() if label.voxels and name in names)
         for case in measured.cases
     }
-    if workspace.splits_path.exists() and not fresh:
-        known = [case.case for case in workspace.dataset().cases] if workspace.dataset_path.exists() else []
-        splits = extend_splits(workspace.splits(), dataset.cases, known)
-    elif dataset.splits_file:
-        splits = load_record(Path(dataset.splits_file), list[Split])
-    else:
-        splits = make_splits(dataset.cases, present)
+    kept = workspace.splits_path.exists() and not fresh
     try:
+        if kept:
+            known = [case.case for case in workspace.dataset().cases] if workspace.dataset_path.exists() else []
+            splits = extend_splits(workspace.splits(), dataset.cases, known)
+        elif dataset.splits_file:
+            splits = load_record(Path(dataset.splits_file), list[Split])
+        else:
+            splits = make_splits(dataset.cases, present)
         check_splits(splits, dataset.cases)
     except DatasetError as error:
-        source = workspace.splits_path if workspace.splits_path.exists() and not fresh else dataset.splits_file or "the folds"
-        raise RecordError(f"{source}: {error}") from None
+        if not kept and not dataset.splits_file:
+            raise
+        raise RecordError(f"{workspace.splits_path if kept else dataset.splits_file}: {error}") from None
     return splits
 
 

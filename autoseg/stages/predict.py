@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
-import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +13,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from autoseg.errors import AutosegError, CasesFailed, RunError
-from autoseg.files.images import mask_ending, read_case, split_ending, write_label, write_probabilities
+from autoseg.files.images import read_case, write_label, write_probabilities
+from autoseg.files.masks import MaskFolder
 from autoseg.files.runs import RunFolder, load_tensors
-from autoseg.files.workspace import Workspace, load_record, write_text
+from autoseg.files.workspace import Workspace, load_record
 from autoseg.logs import SILENT, Reporter
 from autoseg.types.case import Image
 from autoseg.types.dataset import CaseFiles
@@ -111,22 +109,20 @@ def chosen(workspace: Workspace, reporter: Reporter = SILENT) -> tuple[tuple[str
 def predict(
     workspace: Workspace, cases: Sequence[CaseFiles], out: Path, options: Options = Options(), reporter: Reporter = SILENT
 ) -> None:
-    """Predict new cases with the selected model; finished outputs of the same model are skipped.
+    """Predict new cases with the selected model; finished outputs of the same model and input are skipped.
 
     Raises:
         CasesFailed: some cases failed; they are listed, the rest is done.
-        RunError: nothing trained, or `out` holds another model's masks.
+        RunError: nothing trained, or `out` holds masks that this model did not make.
     """
     runs, postprocessing = chosen(workspace.require(), reporter)
-    identity = _identity(workspace, runs, options, postprocessing)
-    _guard(out, identity, options.overwrite)
-    work = _Work.of(cases, out, options)
-    if not work.todo:
+    folder = MaskFolder(out, _identity(workspace, runs, options, postprocessing))
+    todo = [case for case in cases if not folder.is_finished(case, options.probabilities, options.overwrite) or options.overwrite]
+    if not todo:
         reporter.info(f"all {len(cases)} cases are predicted already; --overwrite makes them anew")
         return
     model = load_model(workspace, runs, options, postprocessing)
-    write_text(out / "prediction.json", json.dumps(identity, indent=1) + "\n")
-    _run(model, work, reporter)
+    _run(model, todo, folder, options.probabilities, reporter, "predict")
 
 
 def predict_validation(
@@ -146,41 +142,10 @@ def predict_validation(
     split = RunFolder(workspace.fold(runs[0], fold)).record().split
     cases = [case for case in workspace.dataset().cases if case.case in set(split.val)]
     options = Options(folds=(fold,), device=device, precision=precision)
-    identity = _identity(workspace, runs, options, ())
-    try:
-        _guard(out, identity, False)
-    except RunError:
-        options = Options(folds=(fold,), device=device, precision=precision, overwrite=True)
-    work = _Work.of(cases, out, options)
-    if work.todo:
-        model = load_model(workspace, runs, options)
-        write_text(out / "prediction.json", json.dumps(identity, indent=1) + "\n")
-        _run(model, work, reporter, name=f"validate fold {fold}")
-
-
-@dataclass(frozen=True)
-class _Work:
-    todo: tuple[CaseFiles, ...]
-    all: tuple[CaseFiles, ...]
-    out: Path
-    probabilities: bool
-
-    @classmethod
-    def of(cls, cases: Sequence[CaseFiles], out: Path, options: Options) -> _Work:
-        def finished(case: CaseFiles) -> bool:
-            masks = _target(out, case).exists()
-            return masks and (not options.probabilities or _probabilities(out, case).exists())
-
-        todo = tuple(c for c in cases if options.overwrite or not finished(c))
-        return cls(todo, tuple(cases), out, options.probabilities)
-
-
-def _target(out: Path, case: CaseFiles) -> Path:
-    return out / f"{case.case}{mask_ending(split_ending(case.images[0])[1])}"
-
-
-def _probabilities(out: Path, case: CaseFiles) -> Path:
-    return out / f"{case.case}_probabilities.nii.gz"
+    folder = MaskFolder(out, _identity(workspace, runs, options, ()))
+    todo = [case for case in cases if not folder.is_finished(case, False, replace=True)]
+    if todo:
+        _run(load_model(workspace, runs, options), todo, folder, False, reporter, f"validate fold {fold}")
 
 
 def _identity(workspace: Workspace, runs: Sequence[str], options: Options, postprocessing: Sequence[Spec]) -> dict[str, object]:
@@ -194,55 +159,54 @@ def _identity(workspace: Workspace, runs: Sequence[str], options: Options, postp
     return {"weights": weights, "mirror": options.mirror, "postprocessing": [s.model_dump(mode="json") for s in postprocessing]}
 
 
-def _guard(out: Path, identity: Mapping[str, object], overwrite: bool) -> None:
-    path = out / "prediction.json"
-    if overwrite or not path.exists():
-        return
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError):
-        found = None
-    if found != identity:
-        raise RunError(
-            f"{out} holds masks of another model or other options (see {path}); choose another --out, or give --overwrite"
-        )
-
-
-def _run(model: Model, work: _Work, reporter: Reporter, name: str = "predict") -> None:
+def _run(model: Model, todo: Sequence[CaseFiles], folder: MaskFolder, probabilities: bool, reporter: Reporter, name: str) -> None:
     """Three threads, one case each: the next case is read while this one is computed and the last one is written."""
-    rows = _read_summary(work.out / "summary.csv")
     failed: dict[str, str] = {}
     with (
         ThreadPoolExecutor(1, "reader") as reader,
         ThreadPoolExecutor(1, "writer") as writer,
-        reporter.task(name, len(work.todo)) as task,
+        reporter.task(name, len(todo)) as task,
     ):
-        reading: Future[_Ready] | None = reader.submit(_read, model, work.todo[0])
-        writing: Future[None] | None = None
-        for index, case in enumerate(work.todo):
-            assert reading is not None
-            current = reading
-            try:
-                ready = current.result()
-                reading = reader.submit(_read, model, work.todo[index + 1]) if index + 1 < len(work.todo) else None
-                begin = time.perf_counter()
-                logits = [model.logits(m, p) for m, p in zip(model.members, ready.prepared, strict=True)]
-                ready.seconds["network"] = time.perf_counter() - begin
-                if writing is not None:
-                    writing.result()
-                writing = writer.submit(_finish, model, work, case, ready, logits, rows, failed)
-            except (AutosegError, ValueError, OSError, MemoryError) as error:
-                if current is reading:
-                    reading = reader.submit(_read, model, work.todo[index + 1]) if index + 1 < len(work.todo) else None
-                _fail(work, case, error, rows, failed)
+        reading = [reader.submit(_attempt, _read, model, todo[0])]
+        writing: list[Future[object]] = []
+
+        def settle(case: CaseFiles, outcome: object) -> bool:
+            if isinstance(outcome, Exception):
+                failed[case.case] = " ".join((str(outcome) or type(outcome).__name__).split())
+                folder.fail(case, failed[case.case])
+            return not isinstance(outcome, Exception)
+
+        for index, case in enumerate(todo):
+            ready = reading.pop().result()
+            if index + 1 < len(todo):
+                reading.append(reader.submit(_attempt, _read, model, todo[index + 1]))
+            logits = _attempt(_compute, model, ready) if settle(case, ready) else None
+            if writing:
+                settle(todo[index - 1], writing.pop().result())
+            if logits is not None and settle(case, logits):
+                writing.append(writer.submit(_attempt, _finish, model, case, ready, logits, folder, probabilities))
             task.advance(note=case.case)
-        if writing is not None:
-            writing.result()
+        if writing:
+            settle(todo[-1], writing.pop().result())
     if failed:
         lines = "\n".join(f"  {case}: {why}" for case, why in failed.items())
         raise CasesFailed(
-            f"{len(failed)} of {len(work.todo)} cases failed, the rest is done (see {work.out / 'summary.csv'}):\n{lines}"
+            f"{len(failed)} of {len(todo)} cases failed, the rest is done (see {folder.path / 'summary.csv'}):\n{lines}"
         )
+
+
+def _attempt(work: Callable[..., object], *arguments: object) -> object:
+    """The result of one case's work, or the error that makes only this case fail."""
+    from autoseg.networks.hardware import is_out_of_memory
+
+    try:
+        return work(*arguments)
+    except (AutosegError, ValueError, OSError, MemoryError) as error:
+        return error
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return MemoryError(f"out of memory: {str(error).splitlines()[0]}")
 
 
 @dataclass(frozen=True)
@@ -260,35 +224,25 @@ def _read(model: Model, case: CaseFiles) -> _Ready:
     return _Ready(image.grid, prepared, {"read": middle - begin, "preprocess": time.perf_counter() - middle})
 
 
+def _compute(model: Model, ready: _Ready) -> list[torch.Tensor]:
+    begin = time.perf_counter()
+    logits = [model.logits(member, case) for member, case in zip(model.members, ready.prepared, strict=True)]
+    ready.seconds["network"] = time.perf_counter() - begin
+    return logits
+
+
 def _finish(
-    model: Model,
-    work: _Work,
-    case: CaseFiles,
-    ready: _Ready,
-    logits: list[torch.Tensor],
-    rows: dict[str, dict[str, str]],
-    failed: dict[str, str],
+    model: Model, case: CaseFiles, ready: _Ready, logits: list[torch.Tensor], folder: MaskFolder, probabilities: bool
 ) -> None:
-    try:
-        begin = time.perf_counter()
-        prediction: Prediction = model.restore(logits, [p.placement for p in ready.prepared], work.probabilities)
-        middle = time.perf_counter()
-        like = Path(case.images[0])
-        if prediction.probabilities_czyx is not None:
-            write_probabilities(_probabilities(work.out, case), prediction.probabilities_czyx, ready.image_grid, like)
-        write_label(_target(work.out, case), prediction.label_zyx, ready.image_grid, like)
-        ready.seconds.update({"restore": middle - begin, "write": time.perf_counter() - middle})
-        rows[case.case] = _row(case, ready, prediction.label_zyx, model.labels)
-        _write_summary(work, rows)
-    except (AutosegError, ValueError, OSError, MemoryError) as error:
-        _fail(work, case, error, rows, failed)
-
-
-def _fail(work: _Work, case: CaseFiles, error: BaseException, rows: dict[str, dict[str, str]], failed: dict[str, str]) -> None:
-    why = " ".join((str(error) or type(error).__name__).split())
-    failed[case.case] = why
-    rows[case.case] = {"case": case.case, "status": "failed", "error": why}
-    _write_summary(work, rows)
+    begin = time.perf_counter()
+    prediction: Prediction = model.restore(logits, [p.placement for p in ready.prepared], probabilities)
+    ready.seconds["restore"] = time.perf_counter() - begin
+    like = Path(case.images[0])
+    folder.path.mkdir(parents=True, exist_ok=True)
+    if prediction.probabilities_czyx is not None:
+        write_probabilities(folder.probabilities(case), prediction.probabilities_czyx, ready.image_grid, like)
+    folder.begin(case, _row(case, ready, prediction.label_zyx, model.labels))
+    write_label(folder.mask(case), prediction.label_zyx, ready.image_grid, like)
 
 
 def _row(
@@ -303,21 +257,3 @@ def _row(
         row[f"voxels_{label.name}"] = str(voxels)
         row[f"ml_{label.name}"] = f"{voxels * ready.image_grid.voxel_volume_ml:.4f}"
     return row
-
-
-def _read_summary(path: Path) -> dict[str, dict[str, str]]:
-    if not path.exists():
-        return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        return {row["case"]: dict(row) for row in csv.DictReader(file) if row.get("case")}
-
-
-def _write_summary(work: _Work, rows: dict[str, dict[str, str]]) -> None:
-    columns: dict[str, None] = dict.fromkeys(["case", "status", "error"])
-    for row in rows.values():
-        columns.update(dict.fromkeys(row))
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(columns), restval="")
-    writer.writeheader()
-    writer.writerows(rows[case] for case in sorted(rows))
-    write_text(work.out / "summary.csv", buffer.getvalue())

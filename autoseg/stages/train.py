@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,6 +57,8 @@ def train(
         RunError: unknown configuration or fold, or a run of that name was made with other settings.
         RecordError: plan or splits are invalid.
     """
+    from autoseg.trainers.default import Training
+
     plan, splits = workspace.plan(), workspace.splits()
     dataset = workspace.dataset()
     check_splits(splits, dataset.cases)
@@ -72,9 +75,15 @@ def train(
     records = {
         (run, fold): _record(workspace, plan, configuration, run, fold, spec, options) for configuration, run, fold in plan_runs
     }
+    if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise RunError(
+            f"--name takes letters, digits, dots, dashes and underscores, and begins with a letter or digit; found {name!r}"
+        )
     threads = options.threads if options.threads is not None else 1
     preprocess(workspace, names, threads=max(1, threads), reporter=reporter)
     if options.restart:
+        for record in {record.configuration: record for record in records.values()}.values():
+            Training(_job(workspace, record, options))  # whatever is wrong with the settings shows before anything is removed
         for run, fold in records:
             RunFolder(workspace.fold(run, fold)).clear()
     told: set[str] = set()
@@ -209,7 +218,10 @@ def _job(workspace: Workspace, record: RunRecord, options: Options) -> Job:
 def _tell_time(job: Job, folds: int, reporter: Reporter) -> None:
     from autoseg.trainers.default import seconds_per_step
 
-    step = seconds_per_step(job)
+    try:
+        step = seconds_per_step(job)
+    except RunError:  # it will come up in training, with the cases that caused it
+        return
     validation = 0.35 * job.spec.epochs * job.spec.val_steps if job.validation else 0
     fold = (job.spec.total_steps + validation) * step
     reporter.info(
@@ -235,6 +247,7 @@ def _train_fold(
 ) -> None:
     from autoseg.trainers.default import State, Training
 
+    folder.remove_leftovers()
     training = Training(job)
     checkpoint = folder.load_checkpoint()
     if checkpoint is not None:
@@ -261,6 +274,7 @@ def _train_fold(
             task.advance(0, after)
     folder.save_weights(training.weights())
     log.draw()
+    interrupts.raise_if_requested()
 
 
 class _Log:

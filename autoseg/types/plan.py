@@ -83,6 +83,10 @@ class Configuration(Record):
         ):
             if len(getattr(self, name)) != count:
                 raise ValueError(f"{name} must have {count} entries (one per stage), found {getattr(self, name)}")
+        if set(self.strides[0]) != {1}:
+            raise ValueError(f"strides must begin with ones (the first stage keeps the size), found {self.strides[0]}")
+        if any(edge % 2 == 0 for row in self.kernel_sizes for edge in row):
+            raise ValueError(f"kernel_sizes must be odd, found {self.kernel_sizes}")
         for axis in range(dims):
             divisor = 1
             for row in self.strides:

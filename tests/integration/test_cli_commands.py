@@ -85,7 +85,7 @@ def test_the_demonstration_runs_from_nothing_to_a_picture(cli, monkeypatch, tmp_
 
     monkeypatch.setattr(pipeline, "DEMO_CASES", 6 if kind == "chest" else 3)
     monkeypatch.setattr(pipeline, "DEMO_UNSEEN", 1)
-    monkeypatch.setattr(pipeline, "write_dataset", functools.partial(pipeline.write_dataset, size=cli.SIZE))
+    monkeypatch.setattr(pipeline, "DEMO_SIZE", cli.SIZE)
     spec = pipeline.DEMO_SPEC.model_copy(update={"epochs": 2, "steps_per_epoch": 5, "val_steps": 1})
     monkeypatch.setattr(pipeline, "demo", functools.partial(pipeline.demo, spec=spec))
     ran = cli.call("demo", "--out", tmp_path / "demo", "--kind", kind).ok()

@@ -1,10 +1,9 @@
-"""Predict, evaluate and select on the command line: outputs, skipping, failing cases, kills."""
+"""Predict on the command line: outputs, skipping, failing cases, kills."""
 
 from __future__ import annotations
 
 import csv
 import functools
-import json
 import re
 import shutil
 import signal
@@ -14,9 +13,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-OPEN = functools.partial(pytest.mark.xfail, strict=True)  # not so yet: the mark goes when the command does it
 NAMES = ("lungs", "heart", "spine", "nodule")
-METRICS = {"dice", "iou", "sensitivity", "specificity", "precision", "hd95", "nsd", "volume_error"}
 SLOW = """
 import time
 import autoseg.inference
@@ -148,7 +145,8 @@ def test_masks_of_another_model_or_other_options_are_not_mixed(cli, predicted, t
     shutil.copytree(predicted[0], out)
     before = cli.states(out)
     for other in (("--folds", "0"), ("--no-mirror",)):
-        cli.call("predict", trained, images, "--out", out, *other).refused(str(out), "another model or other options", "--overwrite")
+        ran = cli.call("predict", trained, images, "--out", out, *other)
+        ran.refused(str(out), "another model or other options", "--overwrite")
     assert cli.states(out) == before
     cli.call("predict", trained, images, "--out", out, "--folds", "0", "--overwrite").ok()
     changed = [name for name, array in voxels(out).items() if not np.array_equal(array, voxels(predicted[0])[name])]
@@ -156,7 +154,6 @@ def test_masks_of_another_model_or_other_options_are_not_mixed(cli, predicted, t
     cli.call("predict", trained, images, "--out", out).refused("--overwrite")
 
 
-@OPEN(reason="what made a mask is recorded for the folder, not for the case")
 def test_overwriting_some_cases_never_passes_the_others_off_as_the_new_models(cli, predicted, trained, chest, tmp_path):
     out, images = tmp_path / "masks", chest / "unseen" / "images"
     shutil.copytree(predicted[0], out)
@@ -202,8 +199,8 @@ def test_inputs_that_cannot_be_used_are_listed_together(cli, trained, chest, tmp
     (tmp_path / "empty").mkdir()
     shutil.copy(image, tmp_path / "two_0000.nii.gz")
     shutil.copy(image, tmp_path / "two_0001.nii.gz")
-    ran = cli.call("predict", trained, tmp_path / "nowhere", tmp_path / "notes.txt", tmp_path / "empty", tmp_path / "two_0000.nii.gz",
-                   tmp_path / "two_0001.nii.gz", "--out", tmp_path / "masks")
+    inputs = [tmp_path / name for name in ("nowhere", "notes.txt", "empty", "two_0000.nii.gz", "two_0001.nii.gz")]
+    ran = cli.call("predict", trained, *inputs, "--out", tmp_path / "masks")
     ran.refused("nowhere: does not exist", "notes.txt: expected an image", "empty: expected image files", "case two",
                 "expected 1 channel, found 2")
     cli.call("predict", trained, chest, "--out", tmp_path / "masks").refused("did you mean", "images")
@@ -218,12 +215,12 @@ def test_files_folders_and_manifests_may_be_mixed(cli, predicted, trained, chest
     out = tmp_path / "masks"
     cli.call("predict", trained, tmp_path / "list.csv", tmp_path / "folder", images / "chest1000_0000.nii.gz", "--out", out).ok()
     masks, known = voxels(out), voxels(predicted[0])
-    assert sorted(masks) == ["chest1000.nii.gz", "listed.nii.gz", "plain.nii.gz"] and sorted(rows(out)) == ["chest1000", "listed", "plain"]
+    assert sorted(masks) == ["chest1000.nii.gz", "listed.nii.gz", "plain.nii.gz"]
+    assert sorted(rows(out)) == ["chest1000", "listed", "plain"]
     assert np.array_equal(masks["listed.nii.gz"], known["chest1001.nii.gz"])
     assert np.array_equal(masks["plain.nii.gz"], known["chest1000.nii.gz"])
 
 
-@OPEN(reason="the output folder is not compared with the input files")
 def test_masks_are_never_written_over_the_images(cli, trained, many, tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
@@ -234,7 +231,6 @@ def test_masks_are_never_written_over_the_images(cli, trained, many, tmp_path):
     assert (folder / "a.nii.gz").read_bytes() == before
 
 
-@OPEN(reason="masks without prediction.json count as finished")
 def test_masks_that_somebody_else_made_are_not_taken_for_finished_ones(cli, trained, chest, tmp_path):
     """A folder that holds masks and no record of a prediction may hold reference masks."""
     out = tmp_path / "labels"
@@ -268,7 +264,6 @@ def test_broken_cases_are_listed_and_the_others_are_done(cli, predicted, trained
     assert np.array_equal(voxels(out)["aaa.nii.gz"], known["chest1000.nii.gz"]) and rows(out)["aaa"]["error"] == ""
 
 
-@OPEN(reason="one NaN voxel gives an empty mask that counts as done")
 def test_an_image_with_a_value_that_is_no_number_is_a_failed_case(cli, trained, chest, tmp_path):
     folder, out = tmp_path / "images", tmp_path / "masks"
     shutil.copytree(chest / "unseen" / "images", folder)
@@ -280,8 +275,7 @@ def test_an_image_with_a_value_that_is_no_number_is_a_failed_case(cli, trained, 
     assert sorted(voxels(out)) == ["chest1001.nii.gz"] and rows(out)["chest1000"]["status"] == "failed"
 
 
-@OPEN(reason="torch's RuntimeError ends the whole command")
-@pytest.mark.parametrize("message", ["CUDA out of memory", "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"])
+@pytest.mark.parametrize("message", ["CUDA out of memory", "[enforce fail] DefaultCPUAllocator: can't allocate memory"])
 def test_a_case_that_does_not_fit_into_memory_fails_alone(cli, trained, many, tmp_path, monkeypatch, message):
     import torch
 
@@ -317,13 +311,13 @@ def test_a_killed_prediction_goes_on_and_ends_as_if_undisturbed(cli, trained, ma
     cli.call("evaluate", out, whole).ok()
 
 
-@OPEN(reason="the row is written after the mask, and a case with a mask is skipped")
 def test_a_kill_between_a_mask_and_the_summary_loses_no_row(cli, predicted, trained, chest, tmp_path):
     command = ("predict", trained, chest / "unseen" / "images", "--out", tmp_path / "masks")
     assert cli.spawn(*command, before=DIE.format(name="summary")).code == -signal.SIGKILL
     cli.call(*command).ok()
     found, expected = rows(tmp_path / "masks"), rows(predicted[0])
-    assert {case: row["voxels_lungs"] for case, row in found.items()} == {case: row["voxels_lungs"] for case, row in expected.items()}
+    assert sorted(found) == sorted(expected)
+    assert all(found[case]["voxels_lungs"] == row["voxels_lungs"] for case, row in expected.items())
 
 
 def test_an_interrupted_prediction_says_how_to_go_on(cli, trained, many, tmp_path):
@@ -335,80 +329,6 @@ def test_an_interrupted_prediction_says_how_to_go_on(cli, trained, many, tmp_pat
     assert ran.code == 130 and "Traceback" not in ran.err
     assert f"Go on with: autoseg predict {trained} {many} --out {out}" in ran.err
     assert not [p for p in out.iterdir() if p.name.startswith(".")]
-
-
-def test_evaluate_writes_the_promised_report(cli, predicted, chest, tmp_path):
-    path, references = tmp_path / "report.json", chest / "unseen" / "labels"
-    ran = cli.call("evaluate", predicted[0], references, "--out", path).ok()
-    report = json.loads(path.read_text())
-    assert [case["case"] for case in report["cases"]] == ["chest1000", "chest1001"]
-    labels = {"1", "2", "3", "4"}
-    assert set(report["mean"]) == labels and METRICS <= set(report["foreground_mean"])
-    dice = {}
-    for case in report["cases"]:
-        assert set(case["metrics"]) == labels and all(METRICS <= set(values) for values in case["metrics"].values())
-        found, true = (np.asarray(nibabel.load(p / f"{case['case']}.nii.gz").dataobj) for p in (predicted[0], references))
-        for label in labels:
-            a, b = found == int(label), true == int(label)
-            expected = 2 * (a & b).sum() / (a.sum() + b.sum()) if (a | b).any() else None
-            assert case["metrics"][label]["dice"] == (None if expected is None else pytest.approx(expected))
-            dice.setdefault(label, []).append(expected)
-    means = {label: np.mean([v for v in values if v is not None]) for label, values in dice.items()}
-    assert {label: report["mean"][label]["dice"] for label in labels} == pytest.approx(means)
-    assert report["foreground_mean"]["dice"] == pytest.approx(np.mean(list(means.values())))
-    assert "dice" in ran.out and f"{report['mean']['1']['dice']:.4f}" in ran.out
-
-
-def test_evaluating_references_against_themselves_is_perfect(cli, chest, tmp_path):
-    labels = chest / "labels"
-    cli.call("evaluate", labels, labels, "--out", tmp_path / "report.json").ok()
-    mean = json.loads((tmp_path / "report.json").read_text())["foreground_mean"]
-    assert mean["dice"] == mean["nsd"] == 1 and mean["hd95"] == mean["volume_error"] == 0
-
-
-def test_evaluate_refuses_what_does_not_belong_together(cli, predicted, chest, tmp_path):
-    report = tmp_path / "report.json"
-    cli.call("evaluate", predicted[0], chest / "labels", "--out", report).refused("4 of 4 cases", "chest000")
-    cli.call("evaluate", tmp_path / "nowhere", chest / "labels", "--out", report).refused("nowhere", "not a folder")
-    other = tmp_path / "other"
-    shutil.copytree(chest / "unseen" / "labels", other)
-    for name in ("chest1000.nii.gz", "chest1001.nii.gz"):
-        image = sitk.ReadImage(str(other / name))
-        image.SetSpacing([2 * s for s in image.GetSpacing()])
-        sitk.WriteImage(image, str(other / name))
-    cli.call("evaluate", predicted[0], other, "--out", report).refused("chest1000", "chest1001", "spacing")
-    assert not report.exists()
-
-
-def test_select_writes_its_choice_and_the_report_of_the_cross_validation(cli, trained, tmp_path):
-    work = cli.copied(trained, tmp_path / "work")
-    selection = json.loads((work / "selection.json").read_text())
-    assert selection["runs"] == ["3d_fullres"] and selection["folds"] == [0, 1] and selection["cases"] == 2
-    report = json.loads((work / "report" / "report.json").read_text())
-    cases = {case for fold in json.loads((work / "splits.json").read_text())[:2] for case in fold["val"]}
-    assert {case["case"] for case in report["cases"]} == cases
-    assert {"cases", "mean", "foreground_mean"} <= set(report) and set(report["mean"]) == set(NAMES)
-    before = (work / "selection.json").read_bytes()
-    ran = cli.call("select", work).ok()
-    assert "selected: 3d_fullres" in ran.out
-    assert (work / "selection.json").read_bytes() == before
-
-
-def test_select_compares_configurations_and_predict_uses_its_choice(cli, trained, chest, tmp_path):
-    work = cli.copied(trained, tmp_path / "work")
-    cli.train(work, "--config", "2d", "--folds", "0,1", epochs=1).ok()
-    ran = cli.call("select", work).ok()
-    assert "2d + 3d_fullres" in ran.out
-    selection = json.loads((work / "selection.json").read_text())
-    assert {tuple(c["runs"]) for c in selection["candidates"]} == {("2d",), ("3d_fullres",), ("2d", "3d_fullres")}
-    image = chest / "unseen" / "images" / "chest1000_0000.nii.gz"
-    masks = {}
-    for runs in (["2d"], ["3d_fullres"], ["2d", "3d_fullres"]):
-        cli.edit(work / "selection.json", lambda s, runs=runs: s.update(runs=runs, postprocessing=[]))
-        out = tmp_path / "+".join(runs)
-        cli.call("predict", work, image, "--out", out, "--probabilities").ok()
-        masks["+".join(runs)] = np.asarray(nibabel.load(out / "chest1000_probabilities.nii.gz").dataobj)
-    np.testing.assert_allclose(masks["2d+3d_fullres"], (masks["2d"] + masks["3d_fullres"]) / 2, atol=1e-5)
 
 
 def test_damaged_weights_are_refused_with_their_file(cli, trained, chest, tmp_path):

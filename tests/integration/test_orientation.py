@@ -144,7 +144,7 @@ def test_each_mask_has_the_geometry_of_its_own_image(stored):
             assert own.shape == other.shape
             np.testing.assert_allclose(own.affine, other.affine, rtol=0, atol=1e-6)
             np.testing.assert_allclose(own.header.get_zooms(), other.header.get_zooms(), rtol=0, atol=1e-6)
-            assert own.header["qform_code"] == other.header["qform_code"] and own.header["sform_code"] == other.header["sform_code"]
+            assert all(own.header[code] == other.header[code] for code in ("qform_code", "sform_code"))
 
 
 def test_a_nifti_without_sform_or_with_an_unusual_header_gets_it_back(cli, trained, chest, tmp_path):
@@ -158,7 +158,8 @@ def test_a_nifti_without_sform_or_with_an_unusual_header_gets_it_back(cli, train
         made.set_qform(affine, qform)
         made.set_sform(affine, sform)
         nibabel.save(made, tmp_path / "images" / f"{name}.nii.gz")
-    nibabel.save(nibabel.Nifti1Image(voxels.astype(">i2"), affine, nibabel.Nifti1Header(endianness=">")), tmp_path / "images" / "big.nii")
+    big = nibabel.Nifti1Image(voxels.astype(">i2"), affine, nibabel.Nifti1Header(endianness=">"))
+    nibabel.save(big, tmp_path / "images" / "big.nii")
     cli.call("predict", trained, tmp_path / "images", "--out", tmp_path / "masks").ok()
     expected = None
     for path in sorted((tmp_path / "images").iterdir()):

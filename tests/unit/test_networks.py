@@ -8,8 +8,8 @@ from torch import nn
 
 from autoseg.errors import PlanError, RunError
 from autoseg.networks import hardware
-from autoseg.networks.build import build
-from autoseg.networks.describe import convolution_elements, describe
+from autoseg.networks.build import ConvUnit, build
+from autoseg.networks.describe import Node, convolution_elements, describe
 from autoseg.networks.hardware import autocast, pick_device, pick_precision
 from autoseg.planners.rules import activation_elements, features_per_stage
 from autoseg.types.plan import Configuration
@@ -128,6 +128,24 @@ def test_bf16_gives_about_the_logits_of_fp32_and_finite_gradients(config: Config
         assert (a - b.float()).abs().mean() < 0.05 * a.abs().mean() + 0.02
     rough[0].float().square().mean().backward()
     assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in network.parameters())
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+@pytest.mark.parametrize("stride", [(1, 1, 1), (1, 2, 2)])
+def test_bf16_gradients_of_a_few_slices_are_those_of_fp32(depth: int, stride: tuple[int, int, int]) -> None:
+    node = Node("x", "conv", ("input",), 16, (1, 1, 1), (3, 3, 3), stride, norm=False, activation=False)
+    torch.manual_seed(0)
+    unit, image = ConvUnit(node, 16, 3), torch.randn(2, 16, depth, 12, 12)
+    gradients = []
+    for precision in ("fp32", "bf16", "bf16"):
+        unit.zero_grad()
+        del [torch.full((2000 * size,), float("nan")) for size in range(1, 13)][:]  # freed memory is no longer zero
+        with autocast(torch.device("cpu"), precision):  # type: ignore[arg-type]
+            logits = unit(image)
+        logits.float().square().sum().backward()
+        gradients.append(unit.conv.weight.grad.clone())
+    exact, rough, again = gradients
+    assert (rough - exact).norm() < 0.02 * exact.norm() and torch.equal(rough, again)
 
 
 def test_a_two_stage_network_is_the_u_net_written_out_by_hand() -> None:
