@@ -9,26 +9,17 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 import autoseg
+from autoseg.console import ConsoleReporter
 from autoseg.errors import AutosegError, CasesFailed, RunError
 from autoseg.interrupts import Interrupted, Interrupts
 
@@ -44,18 +35,7 @@ out = Console(soft_wrap=True, highlight=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 interrupts = Interrupts()
 
-FILE_PROBLEMS = (
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EISDIR,
-    errno.ENOTDIR,
-    errno.EEXIST,
-    errno.ENAMETOOLONG,
-)
-PLAIN_SECONDS = 10.0  # between plain progress lines when there is no terminal
+FILE_PROBLEMS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EISDIR, errno.ENOTDIR, errno.EEXIST}
 
 WorkArgument = Annotated[Path, typer.Argument(help="The work folder.")]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=0, help="Reading threads; default from cores and memory.")]
@@ -66,72 +46,7 @@ ConfigOption = Annotated[
 ]
 
 
-class _BarTask:
-    def __init__(self, progress: Progress, handle: Any) -> None:
-        self.progress, self.handle = progress, handle
-
-    def advance(self, steps: int = 1, note: str = "") -> None:
-        """Move the bar."""
-        self.progress.update(self.handle, advance=steps, note=note)
-
-
-class _LineTask:
-    """Plain lines for logs: at most one every few seconds."""
-
-    def __init__(self, name: str, total: int, unit: str) -> None:
-        self.name, self.total, self.unit = name, total, unit
-        self.done, self.begin, self.last = 0, time.monotonic(), time.monotonic()
-        self.first: int | None = None
-
-    def advance(self, steps: int = 1, note: str = "") -> None:
-        """Count, and print a line when it is time."""
-        if self.first is None and steps > 1:
-            self.first = steps
-        self.done += steps
-        now = time.monotonic()
-        if steps and (now - self.last >= PLAIN_SECONDS or self.done >= self.total):
-            self.last = now
-            fresh = self.done - (self.first or 0)
-            rate = fresh / max(now - self.begin, 1e-9)
-            left = (self.total - self.done) / rate if rate > 0 else 0
-            out.print(
-                f"{self.name}: {self.done}/{self.total} {self.unit}, {rate:.2f}/s, {left:.0f} s left  {note}".rstrip(),
-                markup=False,
-            )
-
-
-class ConsoleReporter:
-    """Draws progress bars on a terminal, prints plain lines elsewhere."""
-
-    def info(self, message: str) -> None:
-        """Print one line."""
-        out.print(message, markup=False)
-
-    def warn(self, message: str) -> None:
-        """Print one line to stderr."""
-        err.print(f"warning: {message}", markup=False)
-
-    @contextmanager
-    def task(self, name: str, total: int, unit: str = "cases") -> Iterator[Any]:
-        """A bar with count, rate, time left and a note; lines without a terminal."""
-        if not out.is_terminal:
-            yield _LineTask(name, total, unit)
-            return
-        columns = (
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}", markup=False),
-        )
-        with Progress(*columns, console=out) as progress:
-            yield _BarTask(progress, progress.add_task(escape(name), total=total, note=""))
-
-
-reporter = ConsoleReporter()
+reporter = ConsoleReporter(out, err)
 
 
 def _threads(wanted: int | None) -> int:

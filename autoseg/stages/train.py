@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autoseg.datasets.splits import check_splits
-from autoseg.errors import RecordError, RunError
-from autoseg.files.preprocessed import StoredCase, open_case
+from autoseg.errors import RunError
+from autoseg.files.preprocessed import StoredCase, digest, open_case
 from autoseg.files.runs import RunFolder
 from autoseg.files.workspace import Workspace, save_record
 from autoseg.interrupts import Interrupts
@@ -90,6 +90,7 @@ def train(
     for index, (configuration, run, fold) in enumerate(plan_runs):
         folder, record = RunFolder(workspace.fold(run, fold)), records[run, fold]
         if not folder.finished:
+            record = record.model_copy(update={"data": _data(workspace, record)})
             job = _job(workspace, record, options)
             if configuration not in told:
                 told.add(configuration)
@@ -190,14 +191,19 @@ def _versions() -> dict[str, str]:
     return found
 
 
+def _opened(workspace: Workspace, record: RunRecord, cases: Sequence[str]) -> list[StoredCase]:
+    folder = data_folder(workspace, workspace.plan(), record.configuration)
+    return [open_case(folder / case) for case in cases]
+
+
+def _data(workspace: Workspace, record: RunRecord) -> str:
+    """One hash of all images and labels, as preprocessed, that the fold sees."""
+    return digest([case.key for case in _opened(workspace, record, (*record.split.train, *record.split.val))])
+
+
 def _job(workspace: Workspace, record: RunRecord, options: Options) -> Job:
     from autoseg.networks.hardware import pick_device, pick_precision
     from autoseg.trainers.default import Job
-
-    folder = data_folder(workspace, workspace.plan(), record.configuration)
-
-    def opened(cases: Sequence[str]) -> list[StoredCase]:
-        return [open_case(folder / case) for case in cases]
 
     device = pick_device(options.device)
     threads = options.threads if options.threads is not None else (1 if device.type == "cpu" else 8)
@@ -207,8 +213,8 @@ def _job(workspace: Workspace, record: RunRecord, options: Options) -> Job:
         len(record.plan.channels),
         record.spec,
         record.fold,
-        opened(record.split.train),
-        opened(record.split.val),
+        _opened(workspace, record, record.split.train),
+        _opened(workspace, record, record.split.val),
         device,
         pick_precision(device, record.spec.precision),
         threads,
@@ -250,6 +256,11 @@ def _train_fold(
     folder.remove_leftovers()
     training = Training(job)
     checkpoint = folder.load_checkpoint()
+    if checkpoint is not None and folder.record_path.exists() and folder.record().data != record.data:
+        raise RunError(
+            f"the images or labels of run {record.name!r} fold {record.fold} changed since its training began; "
+            "give --restart to begin anew with them, or --name NEW to train beside it"
+        )
     if checkpoint is not None:
         training.restore(State(*checkpoint))
     epochs = [e for e in folder.metrics() if e.epoch < training.epoch]
@@ -314,6 +325,3 @@ class _Log:
             dice = " ".join("-" if d is None else f"{d:.2f}" for d in list(last.pseudo_dice.values())[:6])
             text += f", loss {last.train_loss:.3f}, pseudo Dice {dice}" if last.pseudo_dice else f", loss {last.train_loss:.3f}"
         return text
-
-
-__all__ = ["Options", "RecordError", "duration", "train", "validate"]
