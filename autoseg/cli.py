@@ -207,9 +207,8 @@ def train(
     from autoseg.types.run import TrainSpec
 
     given = [*(settings or [])]
-    given += [
-        f"{key}={value}" for key, value in (("epochs", epochs), ("seed", seed), ("precision", precision)) if value is not None
-    ]
+    flags = {"epochs": epochs, "seed": seed, "precision": None if precision == "auto" else precision}
+    given += [f"{key}={value}" for key, value in flags.items() if value is not None]
     spec = apply_settings(TrainSpec(), given)
     _compute_threads()
     run_train(
@@ -257,11 +256,10 @@ def evaluate(
     """Compare masks with reference masks, case by case and label by label."""
     from autoseg.files.workspace import save_record
     from autoseg.stages.evaluate import evaluate as run_evaluate
-    from autoseg.stages.evaluate import report_table
+    from autoseg.stages.evaluate import labels_beside, report_table
 
-    report = run_evaluate(
-        predictions, references, nsd_tolerance_mm=tolerance, threads=max(1, _threads(threads)), reporter=reporter
-    )
+    labels = labels_beside(references)
+    report = run_evaluate(predictions, references, labels, tolerance, max(1, _threads(threads)), reporter)
     _print_table(report_table(report), f"{len(report.cases)} cases")
     if report_path is not None:
         save_record(report_path, report)

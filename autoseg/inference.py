@@ -13,13 +13,14 @@ import torch
 from numpy.typing import NDArray
 
 from autoseg.arrays.components import apply_postprocessing
+from autoseg.arrays.crop import bounding_box, nonzero_mask
 from autoseg.arrays.preprocess import preprocess
 from autoseg.arrays.restore import restore_ensemble
 from autoseg.arrays.tiles import make_tiling, sliding_window
 from autoseg.errors import DatasetError, GeometryError
 from autoseg.files.machine import memory_available_bytes
 from autoseg.networks.build import Network
-from autoseg.networks.hardware import Resolved, autocast
+from autoseg.networks.hardware import Resolved, autocast, is_out_of_memory
 from autoseg.types.case import Image, Placement, Preprocessed
 from autoseg.types.geometry import NO_DEPTH_MM, Grid, Vector
 from autoseg.types.labels import Labels
@@ -111,7 +112,8 @@ class Model:
 
         Raises:
             GeometryError: wrong number of channels.
-            DatasetError: NaN or infinite voxels, or a case that cannot fit into the memory there is.
+            DatasetError: NaN or infinite voxels.
+            MemoryError: the resampled image cannot fit into the memory there is.
         """
         if len(image.array_czyx) != len(self.channels):
             raise GeometryError(
@@ -120,24 +122,35 @@ class Model:
             )
         if not np.isfinite(image.array_czyx).all():
             raise DatasetError("the image holds NaN or infinite voxels; repair it (autoseg check lists such cases)")
-        for member in self.members:
-            self._require_memory(image.grid, member)
+        self._require_memory(image)
         return [preprocess(image, None, member.plan, member.configuration) for member in self.members]
 
-    def _require_memory(self, grid: Grid, member: Member) -> None:
+    def _require_memory(self, image: Image) -> None:
         """Refuse an image whose spacing would blow it up beyond the machine's memory, before anything is allocated."""
-        axes = range(3) if member.configuration.dims == 3 else (1, 2)
-        oriented = grid.mapped(grid.to_lps()) if member.plan.orientation == "LPS" else grid
-        voxels = float(math.prod(grid.shape))
-        for axis, new in zip(axes, member.configuration.spacing, strict=True):
-            voxels *= oriented.spacing[member.plan.transpose_forward[axis]] / new
-        needed, free = 4 * voxels * (2 * len(self.channels) + self.labels.output_count + 1), memory_available_bytes()
+        free = memory_available_bytes()
+        if self._needed_bytes(image.grid) <= free:
+            return
+        box = bounding_box(nonzero_mask(image.array_czyx))  # only the part that is not zero is resampled
+        shape = (box[0][1] - box[0][0], box[1][1] - box[1][0], box[2][1] - box[2][0])
+        needed = self._needed_bytes(image.grid.model_copy(update={"shape": shape}))
         if needed > free:
-            raise DatasetError(
-                f"the image of {_times(oriented.shape)} voxels, {_times(oriented.spacing)} mm each, would be resampled to "
-                f"{voxels / 1e6:.0f} million voxels of {_times(member.configuration.spacing)} mm, which needs about "
-                f"{needed / 2**30:.1f} GiB of memory; {free / 2**30:.1f} GiB are free. Is its spacing right?"
+            raise MemoryError(
+                f"the image of {_times(shape)} voxels, {_times(image.grid.spacing)} mm each, resampled to the plan's spacing of "
+                f"{_times(self.members[0].configuration.spacing)} mm, needs about {needed / 2**30:.1f} GiB of memory; "
+                f"{free / 2**30:.1f} GiB are free. Is its spacing right?"
             )
+
+    def _needed_bytes(self, grid: Grid) -> float:
+        """Float32 images, logits and weights of all members at once, on their resampled grids."""
+        total = 0.0
+        for member in self.members:
+            oriented = grid.mapped(grid.to_lps()) if member.plan.orientation == "LPS" else grid
+            spacing = [oriented.spacing[axis] for axis in member.plan.transpose_forward]
+            voxels = float(math.prod(grid.shape))
+            for old, new in zip(spacing[3 - member.configuration.dims :], member.configuration.spacing, strict=True):
+                voxels *= old / new
+            total += 4 * voxels * (2 * len(self.channels) + self.labels.output_count + 1)
+        return total
 
     @torch.inference_mode()
     def logits(self, member: Member, case: Preprocessed, advance: Callable[[int], None] = lambda n: None) -> torch.Tensor:
@@ -165,7 +178,12 @@ class Model:
             return total[:, :, None] if flat else total
 
         image = torch.from_numpy(case.image_czyx).to(self.device)
-        return sliding_window(image, tiling, forward, configuration.batch_size, advance)
+        try:
+            return sliding_window(image, tiling, forward, configuration.batch_size, advance)
+        except RuntimeError as error:
+            if self.device.type == "cpu" or not is_out_of_memory(error):
+                raise
+        return sliding_window(image, tiling, forward, 1, advance, store=torch.device("cpu"))  # slower, but it fits
 
     def restore(self, logits: Sequence[torch.Tensor], placements: Sequence[Placement], probabilities: bool = False) -> Prediction:
         """Bring the members' logits to the stored grid, average where there are several, decide labels, post-process."""

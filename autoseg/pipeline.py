@@ -85,9 +85,11 @@ def demo(
     data, workspace, masks = out / "data", Workspace(out / "work"), out / "masks"
     write_dataset(data, kind, DEMO_CASES, DEMO_UNSEEN, DEMO_SEED, reporter, DEMO_SIZE)
     if not workspace.plan_path.exists():
-        made = plan(data, workspace, gpu_memory_gb=DEMO_MEMORY_GB, reporter=reporter).plan
-        thin = {"3d_fullres": _thin(made.configurations["3d_fullres"])}
-        save_record(workspace.plan_path, made.model_copy(update={"configurations": thin}))
+        plan(data, workspace, gpu_memory_gb=DEMO_MEMORY_GB, reporter=reporter)
+    made = workspace.plan()
+    thin = made.model_copy(update={"configurations": {"3d_fullres": _thin(made.configurations["3d_fullres"])}})
+    if thin != made:
+        save_record(workspace.plan_path, thin)
     segment(data, workspace, [data / "unseen" / "images"], masks, spec, reporter=reporter, interrupts=interrupts)
     report = evaluate(masks, data / "unseen" / "labels", labels=workspace.plan().labels, reporter=reporter)
     save_record(out / "report.json", report)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +18,11 @@ from autoseg.errors import PluginError, RunError
 from autoseg.networks.build import build
 from autoseg.networks.describe import describe
 from autoseg.networks.hardware import Resolved, autocast
+from autoseg.plugins import resolve
 from autoseg.trainers.augment import DefaultAugmentation
 from autoseg.trainers.losses import Targets, head_count, make_loss
 from autoseg.trainers.sampling import TRAINING, VALIDATION, Loader, PatchSource, Sampler
-from autoseg.trainers.schedule import learning_rate_factor
+from autoseg.trainers.schedule import SCHEDULES, learning_rate_factor
 from autoseg.types.labels import Labels
 from autoseg.types.plan import Configuration
 from autoseg.types.run import EpochRecord, OptimizerSpec, TrainSpec
@@ -57,6 +60,8 @@ class Training:
         spec, configuration = job.spec, job.configuration
         _require("augmentation", spec.augment.kind, "default", spec.augment.options)
         _require("sampler", spec.sampler.kind, "reference", spec.sampler.options)
+        _require("schedule", spec.schedule.kind, spec.schedule.kind, spec.schedule.options)
+        self._schedule = resolve(spec.schedule.kind, SCHEDULES, "schedule")
         description = describe(configuration, job.channels, job.labels.output_count)
         self.network = build(description, seed=(spec.seed * 1000 + job.fold) % 2**63).to(job.device)
         self.heads = head_count(len(description.heads), spec.deep_supervision)
@@ -193,7 +198,7 @@ class Training:
 
     def _learning_rate(self, step: int) -> float:
         spec = self.job.spec
-        return spec.optimizer.lr * learning_rate_factor(step / spec.total_steps, spec.schedule)
+        return spec.optimizer.lr * learning_rate_factor(step / spec.total_steps, spec.schedule, self._schedule)
 
     def _loader(self, cases: Sequence[PatchSource]) -> Loader:
         job, configuration = self.job, self.job.configuration
@@ -232,7 +237,7 @@ class Training:
             with autocast(job.device, job.precision):
                 outputs = self.network(batch.image, self.heads)
             loss += float(self.loss(outputs, batch, self.step / job.spec.total_steps)) / steps
-            counts += _overlap(outputs[0], batch.label, self.targets).cpu()
+            counts += _overlap(outputs[0], batch.label, self.targets)
         both, predicted, true = counts.tolist()
         dice = {
             name: (2 * both[i] / (predicted[i] + true[i]) if predicted[i] + true[i] else None)
@@ -249,12 +254,11 @@ def _overlap(logits: torch.Tensor, label: torch.Tensor, targets: Targets) -> tor
         found, true = logits > 0, targets.dense(label) > 0
         axes = (0, *range(2, logits.ndim))
         keep = mask[:, None]
-        return torch.stack([(found & true & keep).sum(axes), (found & keep).sum(axes), (true & keep).sum(axes)]).double()
+        return torch.stack([(found & true & keep).sum(axes), (found & keep).sum(axes), (true & keep).sum(axes)]).cpu().double()
     found, true, classes = logits.argmax(1)[mask], label[mask], targets.classes
     both = torch.bincount(true[found == true], minlength=classes)
-    return torch.stack([both, torch.bincount(found, minlength=classes), torch.bincount(true, minlength=classes)])[
-        :, 1:classes
-    ].double()
+    counts = torch.stack([both, torch.bincount(found, minlength=classes), torch.bincount(true, minlength=classes)])
+    return counts[:, 1:classes].cpu().double()
 
 
 def make_optimizer(network: nn.Module, spec: OptimizerSpec) -> torch.optim.Optimizer:
@@ -284,18 +288,16 @@ def _require(family: str, kind: str, known: str, options: Mapping[str, object]) 
         raise PluginError(f"{family} {kind!r} takes no options, found {', '.join(options)}")
 
 
-def seconds_per_step(job: Job, steps: int = 2) -> float:
-    """Seconds of a training step of this job, on blank patches and a network that is thrown away; one step warms up."""
-    training = Training(job)
-    configuration = job.configuration
-    image = torch.zeros(training.batch_size, job.channels, *configuration.patch_size, device=job.device)
-    label = torch.zeros(training.batch_size, *configuration.patch_size, dtype=torch.long, device=job.device)
-    batch = Batch(image, label, ("timing",))
+def seconds_per_step(job: Job, steps: int = 3) -> float:
+    """Seconds of a training step of this job, reading and augmentation included, on a network that is thrown away."""
+    training = Training(dataclasses.replace(job, threads=0))
+    loader = training._loader(job.training)
     times = []
-    for _ in range(steps + 1):
-        begin = time.perf_counter()
+    begin = time.perf_counter()
+    for batch in loader.batches(TRAINING, 0, steps + 1):
         training.train_step(batch)
         if job.device.type == "cuda":
             torch.cuda.synchronize(job.device)
         times.append(time.perf_counter() - begin)
-    return min(times[1:])
+        begin = time.perf_counter()
+    return statistics.median(times[1:])  # the first one warms up

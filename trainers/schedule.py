@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from autoseg.plugins import resolve
 from autoseg.types.run import ScheduleSpec
 
 
 def polynomial(fraction: float, spec: ScheduleSpec) -> float:
-    """(1 - fraction) ** power, the reference's schedule."""
+    """(1 - fraction) ** power: the reference's schedule, which takes its steps once an epoch, taken at every step."""
     return float((1 - fraction) ** spec.power)
 
 
@@ -19,11 +18,12 @@ def cosine(fraction: float, spec: ScheduleSpec) -> float:
     return 0.5 * (1 + math.cos(math.pi * fraction))
 
 
-SCHEDULES: dict[str, Callable[[float, ScheduleSpec], float]] = {"polynomial": polynomial, "cosine": cosine}
+Schedule = Callable[[float, ScheduleSpec], float]
+SCHEDULES: dict[str, Schedule] = {"polynomial": polynomial, "cosine": cosine}
 
 
-def learning_rate_factor(fraction: float, spec: ScheduleSpec) -> float:
+def learning_rate_factor(fraction: float, spec: ScheduleSpec, schedule: Schedule) -> float:
     """Factor on the base learning rate after `fraction` (0 to 1) of the run; a warm-up rises linearly first."""
     if fraction < spec.warmup:
         return (fraction + 1e-3) / (spec.warmup + 1e-3)
-    return resolve(spec.kind, SCHEDULES, "schedule")((fraction - spec.warmup) / (1 - spec.warmup), spec)
+    return schedule((fraction - spec.warmup) / (1 - spec.warmup), spec)

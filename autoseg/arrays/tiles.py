@@ -63,6 +63,7 @@ def sliding_window(
     forward: Callable[[torch.Tensor], torch.Tensor],
     batch: int,
     advance: Callable[[int], None] = lambda n: None,
+    store: torch.device | None = None,
 ) -> torch.Tensor:
     """Blend the logits of all tiles.
 
@@ -72,17 +73,19 @@ def sliding_window(
         forward: (tile, channel, *patch) -> logits (tile, classes, *patch), any float dtype.
         batch: tiles at once.
         advance: called with the number of tiles done.
+        store: where logits are collected; the image's device unless given.
 
     Returns:
-        logits (classes, z, y, x) float32 of `tiling.shape`, on the image's device.
+        logits (classes, z, y, x) float32 of `tiling.shape`, on `store`.
     """
     padding = [
         p for b, s, t in reversed(list(zip(tiling.before, tiling.shape, tiling.padded, strict=True))) for p in (b, t - s - b)
     ]
     padded = torch.nn.functional.pad(image, padding) if any(padding) else image
-    weight = gaussian_weight(tiling.patch).to(image.device)
+    store = image.device if store is None else store
+    weight = gaussian_weight(tiling.patch).to(store)
     total: torch.Tensor | None = None
-    norm = torch.zeros(tiling.padded, device=image.device)
+    norm = torch.zeros(tiling.padded, device=store)
     for first in range(0, len(tiling.starts), batch):
         boxes = [
             tuple(slice(s, s + p) for s, p in zip(start, tiling.patch, strict=True))
@@ -90,8 +93,8 @@ def sliding_window(
         ]
         logits = forward(torch.stack([padded[(slice(None), *box)] for box in boxes]))
         if total is None:
-            total = torch.zeros(logits.shape[1], *tiling.padded, device=image.device)
-        for tile, box in zip(logits, boxes, strict=True):
+            total = torch.zeros(logits.shape[1], *tiling.padded, device=store)
+        for tile, box in zip(logits.to(store), boxes, strict=True):
             total[(slice(None), *box)] += tile.float() * weight
             norm[box] += weight
         advance(len(boxes))

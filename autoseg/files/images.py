@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import shutil
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ ORTHONORMAL = 1e-3  # how far direction columns may be from perpendicular unit v
 _META_HEADER = 1 << 16
 _SHEARED = ("has directions that are not perpendicular unit vectors (sheared, for example by a tilted gantry); "
             "resample image and label onto a grid with perpendicular axes")
+_ITK = threading.RLock()  # SimpleITK's readers crash now and then when several threads create and destroy them (SimpleITK #74)
 WHOLE = 1e-3  # how far label values stored as floats may be from whole numbers
 
 
@@ -79,6 +81,10 @@ def _ending_of(path: Path) -> str:
     return ending
 
 
+def _text_reader(ending: str) -> str:
+    return "MetaImageIO" if ending in _META else "NrrdImageIO"
+
+
 def _checked_ending(path: Path) -> str:
     ending = _ending_of(path)
     if not path.exists():
@@ -109,23 +115,18 @@ def _header(path: Path, ending: str) -> ImageHeader:
         return ImageHeader(plain_grid(tiff.shape, tiff.spacing), channels, tiff.dtype, ending)
     if ending in _NIFTI:
         header = nifti.read_header(path)
-        return ImageHeader(_itk_grid(_information(path, "NiftiImageIO")), header.channels, header.dtype.name, ending)
-    _, reader = _text_header(path, ending)
-    return ImageHeader(_itk_grid(reader), _components(reader), _dtype(reader).name, ending)
+        return ImageHeader(_information(path, "NiftiImageIO").grid, header.channels, header.dtype.name, ending)
+    _, found = _text_header(path, ending)
+    return ImageHeader(found.grid, found.channels, found.dtype.name, ending)
 
 
-def _text_header(path: Path, ending: str) -> tuple[TextHeader, Any]:
-    """The checked text header of a MetaImage or NRRD file, and a SimpleITK reader that has read it."""
+def _text_header(path: Path, ending: str) -> tuple[TextHeader, _Information]:
+    """The checked text header of a MetaImage or NRRD file, and what SimpleITK reads from it."""
     text = metaimage_header(path) if ending in _META else nrrd_header(path)
-    reader = _information(path, _text_reader(ending))
-    check_size(_itk_grid(reader).shape, _dtype(reader).itemsize * _components(reader), text.stored_bytes,
+    found = _information(path, _text_reader(ending))
+    check_size(found.grid.shape, found.dtype.itemsize * found.channels, text.stored_bytes,
                DEFLATE_RATIO if text.packed else 1, copies=2)
-    return text, reader
-
-
-def _components(reader: Any) -> int:
-    count: int = reader.GetNumberOfComponents() * math.prod(reader.GetSize()[3:])
-    return count
+    return text, found
 
 
 def read_image(path: Path) -> Image:
@@ -141,18 +142,18 @@ def _read(path: Path, indices: bool) -> Image:
     ending = _checked_ending(path)
     if ending in _NIFTI:
         header = nifti.read_header(path)
-        return Image(nifti.read_voxels(path, header), _itk_grid(_information(path, "NiftiImageIO")), ending)
+        return Image(nifti.read_voxels(path, header), _information(path, "NiftiImageIO").grid, ending)
     if ending in _TIFF:
         tiff = read_tiff_header(path)
         return Image(read_tiff(path, tiff, _decode_tiff), plain_grid(tiff.shape, tiff.spacing), ending)
     if ending in PICTURE_ENDINGS:
         array = read_picture(path, ending, indices, functools.partial(_decode, reader="PNGImageIO"))
         return Image(array, plain_grid((1, *array.shape[2:]), None), ending)
-    text, reader = _text_header(path, ending)
-    grid, parts = _itk_grid(reader), reader.GetNumberOfComponents()
+    text, found = _text_header(path, ending)
+    grid, parts = found.grid, found.parts
     if text.encoding == "text" or (parts > 1 and ending not in _META):
         return Image(_decode(path, _text_reader(ending)).reshape(-1, *grid.shape), grid, ending)
-    array = read_text_voxels(text, _dtype(reader), math.prod(reader.GetSize()) * parts).reshape(-1, *grid.shape, parts)
+    array = read_text_voxels(text, found.dtype, math.prod(found.grid.shape) * found.channels).reshape(-1, *grid.shape, parts)
     return Image(np.ascontiguousarray(np.moveaxis(array, -1, 1)).reshape(-1, *grid.shape), grid, ending)
 
 
@@ -292,10 +293,6 @@ def _itk_dtypes() -> dict[int, np.dtype[Any]]:
     return {getattr(sitk, f"sitk{prefix}{name}"): np.dtype(name.lower()) for name in names for prefix in ("", "Vector")}
 
 
-def _text_reader(ending: str) -> str:
-    return "MetaImageIO" if ending in _META else "NrrdImageIO"
-
-
 def _reader(path: Path, name: str) -> Any:
     """A reader bound to one format, so that no other decoder is tried on the file."""
     reader = _sitk().ImageFileReader()
@@ -304,16 +301,30 @@ def _reader(path: Path, name: str) -> Any:
     return reader
 
 
-def _information(path: Path, name: str) -> Any:
-    """A reader that has read the header; GeometryError when the direction is sheared beyond repair."""
-    reader = _reader(path, name)
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError as error:
-        if "orthonormal" in str(error):
-            raise GeometryError(_SHEARED) from None
-        raise
-    return reader
+@dataclass(frozen=True)
+class _Information:
+    """What SimpleITK reads from a header: grid, voxel type, components per voxel, and channels (components and a fourth axis)."""
+
+    grid: Grid
+    dtype: np.dtype[Any]
+    parts: int
+    channels: int
+
+
+def _information(path: Path, name: str) -> _Information:
+    """Read a header; GeometryError when the direction is sheared beyond repair."""
+    with _ITK:
+        reader = _reader(path, name)
+        try:
+            reader.ReadImageInformation()
+            parts = reader.GetNumberOfComponents()
+            return _Information(_itk_grid(reader), _dtype(reader), parts, parts * math.prod(reader.GetSize()[3:]))
+        except RuntimeError as error:
+            if "orthonormal" in str(error):
+                raise GeometryError(_SHEARED) from None
+            raise
+        finally:
+            del reader
 
 
 def _dtype(reader: Any) -> np.dtype[Any]:
@@ -325,10 +336,11 @@ def _dtype(reader: Any) -> np.dtype[Any]:
 
 def _decode(path: Path, reader: str) -> NDArray[np.generic]:
     """Decode with SimpleITK as (channel, z, y, x)."""
-    sitk = _sitk()
-    image = _reader(path, reader).Execute()
-    array = sitk.GetArrayFromImage(image)
-    parts = image.GetNumberOfComponentsPerPixel()
+    with _ITK:
+        image = _reader(path, reader).Execute()
+        array = _sitk().GetArrayFromImage(image)
+        parts = image.GetNumberOfComponentsPerPixel()
+        del image
     spatial = array.shape[:array.ndim - (parts > 1)]
     array = array.reshape(-1, *((1, 1, *spatial)[-3:]), parts)  # a fourth axis, slowest in the file, before z
     array = array.transpose(0, 4, 1, 2, 3).reshape(-1, *array.shape[1:4])
@@ -336,8 +348,7 @@ def _decode(path: Path, reader: str) -> NDArray[np.generic]:
     return result
 
 
-def _decode_tiff(path: Path) -> NDArray[np.generic]:
-    return _decode(path, "TIFFImageIO")
+_decode_tiff = functools.partial(_decode, reader="TIFFImageIO")
 
 
 def _itk_grid(reader: Any) -> Grid:
@@ -375,7 +386,8 @@ def _itk_image(label_zyx: NDArray[Any], grid: Grid) -> Any:
 
 
 def _write_itk(path: Path, label_zyx: NDArray[Any], grid: Grid) -> None:
-    _sitk().WriteImage(_itk_image(label_zyx, grid), str(path), True, 1)
+    with _ITK:
+        _sitk().WriteImage(_itk_image(label_zyx, grid), str(path), True, 1)
 
 
 def _write_mhd(path: Path, label_zyx: NDArray[Any], grid: Grid) -> None:

@@ -78,9 +78,9 @@ def _meminfo(root: Path) -> dict[str, int]:
 def _memory_groups(root: Path) -> Iterator[tuple[int, int]]:
     """Yield (limit, bytes in use that cannot be reclaimed) of every cgroup with a memory limit above this process."""
     version2, version1 = _cgroup_folders(root, "memory")
-    names = [(version2, "memory.max", "memory.current", "inactive_file"),
-             (version1, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")]
-    for folders, limit_name, used_name, cache_name in names:
+    names = [(version2, "memory.max", "memory.current", ("inactive_file", "active_file")),
+             (version1, "memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))]
+    for folders, limit_name, used_name, cache_names in names:
         for folder in folders:
             limit = _number(folder / limit_name)
             if limit is None or not 0 < limit < _NO_LIMIT:
@@ -88,7 +88,7 @@ def _memory_groups(root: Path) -> Iterator[tuple[int, int]]:
             used = _number(folder / used_name) or 0
             for line in (_read(folder / "memory.stat") or "").splitlines():
                 name, _, amount = line.partition(" ")
-                if name == cache_name and amount.isdigit():
+                if name in cache_names and amount.isdigit():
                     used = max(0, used - int(amount))
             yield limit, used
 

@@ -63,9 +63,10 @@ class MaskFolder:
         return bool(entry.get("input") == content_hash([Path(image) for image in case.images]))
 
     def begin(self, case: CaseFiles, row: Mapping[str, str]) -> None:
-        """Record a case just before its mask is written; an older mask is removed first."""
+        """Record a case just before its probabilities and, last, its mask are written; older ones are removed first."""
         with self._lock:
             self.mask(case).unlink(missing_ok=True)
+            self.probabilities(case).unlink(missing_ok=True)
             self._ledger["models"][self.model] = self.identity
             self._ledger["cases"][case.case] = {"model": self.model, "input": content_hash([Path(i) for i in case.images])}
             used = {entry["model"] for entry in self._ledger["cases"].values()}

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from autoseg.arrays.components import apply_postprocessing
 from autoseg.arrays.metrics import Target, default_tolerance_mm, label_values, measure
+from autoseg.datasets.description import describe_beside
 from autoseg.errors import AutosegError, DatasetError, GeometryError
 from autoseg.files.images import ENDINGS, compare_grids, read_label, split_ending
 from autoseg.logs import SILENT, Reporter
@@ -47,6 +48,18 @@ def find_masks(masks: Masks) -> dict[str, Path]:
             raise DatasetError(f"{masks} holds case {case} twice: {found[case].name} and {path.name}; keep one of them")
         found[case] = path
     return found
+
+
+def labels_beside(references: Path) -> Labels | None:
+    """The labels that a dataset.json in or above the folder declares, when they hold regions or an ignore label; else None.
+
+    Without it every value is measured as it is found in the files, which is right for plain labels only.
+    """
+    for folder in (references, references.parent):
+        description, _ = describe_beside(folder / "dataset.json")
+        if description.labels and (description.labels.regions or description.labels.ignore):
+            return description.labels
+    return None
 
 
 def targets_of(labels: Labels) -> list[Target]:

@@ -72,32 +72,47 @@ def plan(
         DatasetError: the check found errors (all of them in the message); nothing is written.
         PlanError: the existing plan no longer suits the data.
     """
+    old = _old_plan(workspace, planner, gpu_memory_gb, replan)
+    old_splits = workspace.splits() if replan and workspace.splits_path.exists() else None
     dataset, faults = checked_dataset(path, groups, threads, reporter)
     errors = [fault for fault in faults if fault.severity == "error"]
     if errors or dataset is None:
         raise DatasetError(f"{path} has {len(errors)} error(s); nothing was written\n{describe_faults(errors)}")
-    old = workspace.plan() if workspace.plan_path.exists() else None
-    measured = fingerprint(dataset, threads=threads, reporter=reporter)
     keep = old is not None and not replan
-    if keep:
-        assert old is not None
+    if keep and old is not None:
         _suits(old, dataset)
-        if (planner not in (None, old.planner)) or (gpu_memory_gb not in (None, old.gpu_memory_gb)):
-            raise PlanError(
-                f"{workspace.plan_path} was made by planner {old.planner!r} for {old.gpu_memory_gb:g} GB; "
-                "give --replan to make a new one, or another --out"
-            )
-        made = old
-    else:
-        made = get_planner(planner or "default")(dataset, measured, gpu_memory_gb)
+    measured = fingerprint(dataset, threads=threads, reporter=reporter)
+    made = old if keep and old is not None else get_planner(planner or "default")(dataset, measured, gpu_memory_gb)
     splits = _splits(workspace, dataset, measured, fresh=replan)
-    changes = tuple(_differences(old.model_dump(mode="json"), made.model_dump(mode="json"))) if old is not None and replan else ()
-    save_record(workspace.dataset_path, dataset)
+    changes = list(_differences(old.model_dump(mode="json"), made.model_dump(mode="json"))) if old is not None and replan else []
+    if old_splits is not None and old_splits != splits:
+        folds = {case: fold for fold, split in enumerate(old_splits) for case in split.val}
+        moved = sum(folds.get(case) != fold for fold, split in enumerate(splits) for case in split.val)
+        changes.append(f"splits: {len(old_splits)} folds -> {len(splits)} folds, {moved} cases are validated in another fold")
     save_record(workspace.fingerprint_path, measured)
-    save_record(workspace.splits_path, splits, list[Split])
+    save_record(workspace.splits_path, splits, list[Split])  # before the cases it is made for: a kill in between loses none
+    save_record(workspace.dataset_path, dataset)
     if not keep:
         save_record(workspace.plan_path, made)
-    return Planned(dataset, measured, made, splits, [f for f in faults if f.severity == "warning"], changes)
+    return Planned(dataset, measured, made, splits, [f for f in faults if f.severity == "warning"], tuple(changes))
+
+
+def _old_plan(workspace: Workspace, planner: str | None, gpu_memory_gb: float | None, replan: bool) -> Plan | None:
+    """The plan there is; other wishes than those it was made for need `replan`, which also gets past a damaged one."""
+    if not workspace.plan_path.exists():
+        return None
+    try:
+        old = workspace.plan()
+    except RecordError:
+        if replan:
+            return None
+        raise
+    if not replan and (planner not in (None, old.planner) or gpu_memory_gb not in (None, old.gpu_memory_gb)):
+        raise PlanError(
+            f"{workspace.plan_path} was made by planner {old.planner!r} for {old.gpu_memory_gb:g} GB; "
+            "give --replan to make a new one, or another --out"
+        )
+    return old
 
 
 def _suits(plan: Plan, dataset: Dataset) -> None:
@@ -119,8 +134,9 @@ def _splits(workspace: Workspace, dataset: Dataset, measured: Fingerprint, fresh
     kept = workspace.splits_path.exists() and not fresh
     try:
         if kept:
-            known = [case.case for case in workspace.dataset().cases] if workspace.dataset_path.exists() else []
-            splits = extend_splits(workspace.splits(), dataset.cases, known)
+            splits = workspace.splits()
+            if workspace.dataset_path.exists():  # without it the folds were provided, and a case left out stays out
+                splits = extend_splits(splits, dataset.cases, [case.case for case in workspace.dataset().cases])
         elif dataset.splits_file:
             splits = load_record(Path(dataset.splits_file), list[Split])
         else:

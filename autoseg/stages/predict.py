@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -59,7 +60,7 @@ def load_model(workspace: Workspace, runs: Sequence[str], options: Options, post
 
     members = []
     for run in runs:
-        folds = sorted(int(p.name[5:]) for p in (workspace.runs / run).glob("fold_*") if RunFolder(p).finished)
+        folds = finished_folds(workspace, run)
         wanted = folds if options.folds is None else list(options.folds)
         missing = sorted(set(wanted) - set(folds))
         if missing or not wanted:
@@ -67,11 +68,16 @@ def load_model(workspace: Workspace, runs: Sequence[str], options: Options, post
                 f"run {run!r} has no finished training of fold(s) {missing or 'any'} (finished: {folds or 'none'}); "
                 f"train with: autoseg train {workspace.root} --config {run}"
             )
-        networks = []
+        networks, record = [], RunFolder(workspace.fold(run, wanted[0])).record()
         for fold in wanted:
             folder = RunFolder(workspace.fold(run, fold))
-            record = folder.record()
+            first, record = record, folder.record()
             plan, spec = record.plan, record.spec
+            if (first.configuration, first.plan, first.spec.augment.mirror) != (record.configuration, plan, spec.augment.mirror):
+                raise RunError(
+                    f"the folds of run {run!r} were trained with different plans, so they cannot be combined; "
+                    f"choose some with --folds, or train fold {fold} again with --restart"
+                )
             network = build(describe(plan.configurations[record.configuration], len(plan.channels), plan.labels.output_count))
             try:
                 network.load_state_dict(load_tensors(folder.weights_path))
@@ -86,6 +92,12 @@ def load_model(workspace: Workspace, runs: Sequence[str], options: Options, post
     return Model(members, device, pick_precision(device, options.precision), options.mirror, postprocessing)
 
 
+def finished_folds(workspace: Workspace, run: str) -> list[int]:
+    """Folds of a run whose training is finished."""
+    found = [(re.fullmatch(r"fold_(\d+)", path.name), path) for path in (workspace.runs / run).glob("fold_*")]
+    return sorted(int(match[1]) for match, path in found if match and RunFolder(path).finished)
+
+
 def chosen(workspace: Workspace, reporter: Reporter = SILENT) -> tuple[tuple[str, ...], tuple[Spec, ...]]:
     """The runs and post-processing to use: those of selection.json, else the most trusted finished run.
 
@@ -94,6 +106,9 @@ def chosen(workspace: Workspace, reporter: Reporter = SILENT) -> tuple[tuple[str
     """
     if workspace.selection_path.exists():
         selection = load_record(workspace.selection_path, Selection)
+        for run in selection.runs:
+            if set(selection.run_folds.get(run, ())) - set(finished_folds(workspace, run)):
+                reporter.warn(f"run {run} has fewer finished folds than when it was selected: autoseg select {workspace.root}")
         return tuple(selection.runs), tuple(selection.postprocessing)
     finished = sorted({p.parent.parent.name for p in workspace.runs.glob("*/fold_*/weights.safetensors")})
     if not finished:
@@ -152,16 +167,17 @@ def _identity(workspace: Workspace, runs: Sequence[str], options: Options, postp
     """What the masks depend on: weights, folds, mirroring and post-processing."""
     weights = {}
     for run in runs:
-        for path in sorted((workspace.runs / run).glob("fold_*/weights.safetensors")):
-            if options.folds is None or int(path.parent.name[5:]) in options.folds:
-                with path.open("rb") as file:
-                    weights[f"{run}/{path.parent.name}"] = hashlib.file_digest(file, "sha256").hexdigest()
+        for fold in finished_folds(workspace, run):
+            if options.folds is None or fold in options.folds:
+                with RunFolder(workspace.fold(run, fold)).weights_path.open("rb") as file:
+                    weights[f"{run}/fold_{fold}"] = hashlib.file_digest(file, "sha256").hexdigest()
     return {"weights": weights, "mirror": options.mirror, "postprocessing": [s.model_dump(mode="json") for s in postprocessing]}
 
 
 def _run(model: Model, todo: Sequence[CaseFiles], folder: MaskFolder, probabilities: bool, reporter: Reporter, name: str) -> None:
     """Three threads, one case each: the next case is read while this one is computed and the last one is written."""
     failed: dict[str, str] = {}
+    short: list[CaseFiles] = []  # out of memory while others were in work: tried once more alone
     with (
         ThreadPoolExecutor(1, "reader") as reader,
         ThreadPoolExecutor(1, "writer") as writer,
@@ -170,8 +186,10 @@ def _run(model: Model, todo: Sequence[CaseFiles], folder: MaskFolder, probabilit
         reading = [reader.submit(_attempt, _read, model, todo[0])]
         writing: list[Future[object]] = []
 
-        def settle(case: CaseFiles, outcome: object) -> bool:
-            if isinstance(outcome, Exception):
+        def settle(case: CaseFiles, outcome: object, alone: bool = False) -> bool:
+            if isinstance(outcome, MemoryError) and not alone:
+                short.append(case)
+            elif isinstance(outcome, Exception):
                 failed[case.case] = " ".join((str(outcome) or type(outcome).__name__).split())
                 folder.fail(case, failed[case.case])
             return not isinstance(outcome, Exception)
@@ -188,6 +206,8 @@ def _run(model: Model, todo: Sequence[CaseFiles], folder: MaskFolder, probabilit
             task.advance(note=case.case)
         if writing:
             settle(todo[-1], writing.pop().result())
+        for case in short:
+            settle(case, _attempt(_whole, model, case, folder, probabilities), alone=True)
     if failed:
         lines = "\n".join(f"  {case}: {why}" for case, why in failed.items())
         raise CasesFailed(
@@ -231,6 +251,11 @@ def _compute(model: Model, ready: _Ready) -> list[torch.Tensor]:
     return logits
 
 
+def _whole(model: Model, case: CaseFiles, folder: MaskFolder, probabilities: bool) -> None:
+    ready = _read(model, case)
+    _finish(model, case, ready, _compute(model, ready), folder, probabilities)
+
+
 def _finish(
     model: Model, case: CaseFiles, ready: _Ready, logits: list[torch.Tensor], folder: MaskFolder, probabilities: bool
 ) -> None:
@@ -239,9 +264,9 @@ def _finish(
     ready.seconds["restore"] = time.perf_counter() - begin
     like = Path(case.images[0])
     folder.path.mkdir(parents=True, exist_ok=True)
+    folder.begin(case, _row(case, ready, prediction.label_zyx, model.labels))
     if prediction.probabilities_czyx is not None:
         write_probabilities(folder.probabilities(case), prediction.probabilities_czyx, ready.image_grid, like)
-    folder.begin(case, _row(case, ready, prediction.label_zyx, model.labels))
     write_label(folder.mask(case), prediction.label_zyx, ready.image_grid, like)
 
 

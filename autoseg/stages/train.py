@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autoseg.datasets.splits import check_splits
-from autoseg.errors import RunError
+from autoseg.errors import CasesFailed, RunError
 from autoseg.files.preprocessed import StoredCase, digest, open_case
 from autoseg.files.runs import RunFolder
 from autoseg.files.workspace import Workspace, save_record
@@ -38,7 +38,6 @@ class Options:
     device: str = "auto"
     threads: int | None = None
     restart: bool = False
-    validate: bool = True
 
 
 def train(
@@ -57,50 +56,50 @@ def train(
         RunError: unknown configuration or fold, or a run of that name was made with other settings.
         RecordError: plan or splits are invalid.
     """
-    from autoseg.trainers.default import Training
-
     plan, splits = workspace.plan(), workspace.splits()
     dataset = workspace.dataset()
     check_splits(splits, dataset.cases)
     names = list(configurations or plan.configurations)
+    wanted = list(range(len(splits))) if folds is None else list(folds)
+    _require_sense(plan, names, wanted, len(splits), name, spec)
+    plan_runs = [(n, name or n, fold) for n in names for fold in wanted]
+    records = {(run, fold): _record(workspace, plan, n, run, fold, spec, options) for n, run, fold in plan_runs}
+    preprocess(workspace, names, threads=options.threads, reporter=reporter)
+    records = {key: record.model_copy(update={"data": _data(workspace, record)}) for key, record in records.items()}
+    _tell_time(workspace, list(records.values()), options, reporter)
+    if options.restart:
+        for run, fold in records:
+            RunFolder(workspace.fold(run, fold)).clear()
+    failures: list[str] = []
+    for (run, fold), record in records.items():
+        folder = RunFolder(workspace.fold(run, fold))
+        if not folder.finished:
+            _train_fold(_job(workspace, record, options), folder, record, reporter, interrupts or Interrupts())
+        try:
+            validate(workspace, run, fold, options, reporter)
+        except CasesFailed as error:
+            failures.append(f"validation of {run} fold {fold}: {error}")
+    if failures:
+        raise CasesFailed("\n".join(failures))
+
+
+def _require_sense(plan: Plan, names: Sequence[str], folds: Sequence[int], count: int, name: str | None, spec: TrainSpec) -> None:
+    """Refuse what the plan and the folds do not have."""
     unknown = [n for n in names if n not in plan.configurations]
     if unknown:
         raise RunError(f"the plan has no configuration {', '.join(unknown)}; it has {', '.join(plan.configurations)}")
     if name is not None and len(names) > 1:
         raise RunError(f"--name names one run, but {len(names)} configurations would be trained; add --config {names[0]}")
-    wanted = list(range(len(splits))) if folds is None else list(folds)
-    if wanted and (max(wanted) >= len(splits) or min(wanted) < 0):
-        raise RunError(f"splits.json has folds 0 to {len(splits) - 1}, found {wanted}")
-    plan_runs = [(n, name or n, fold) for n in names for fold in wanted]
-    records = {
-        (run, fold): _record(workspace, plan, configuration, run, fold, spec, options) for configuration, run, fold in plan_runs
-    }
     if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise RunError(
-            f"--name takes letters, digits, dots, dashes and underscores, and begins with a letter or digit; found {name!r}"
-        )
-    threads = options.threads if options.threads is not None else 1
-    preprocess(workspace, names, threads=max(1, threads), reporter=reporter)
-    if options.restart:
-        for record in {record.configuration: record for record in records.values()}.values():
-            Training(_job(workspace, record, options))  # whatever is wrong with the settings shows before anything is removed
-        for run, fold in records:
-            RunFolder(workspace.fold(run, fold)).clear()
-    told: set[str] = set()
-    for index, (configuration, run, fold) in enumerate(plan_runs):
-        folder, record = RunFolder(workspace.fold(run, fold)), records[run, fold]
-        if not folder.finished:
-            record = record.model_copy(update={"data": _data(workspace, record)})
-            job = _job(workspace, record, options)
-            if configuration not in told:
-                told.add(configuration)
-                left = sum(
-                    1 for c, r, f in plan_runs[index:] if c == configuration and not RunFolder(workspace.fold(r, f)).finished
-                )
-                _tell_time(job, left, reporter)
-            _train_fold(job, folder, record, options, reporter, interrupts or Interrupts())
-        if options.validate:
-            validate(workspace, run, fold, options, reporter)
+        raise RunError(f"--name takes letters, digits, dots, dashes and underscores, the first a letter or digit; found {name!r}")
+    if folds and (max(folds) >= count or min(folds) < 0):
+        raise RunError(f"splits.json has folds 0 to {count - 1}, found {list(folds)}")
+    dims = {plan.configurations[n].dims for n in names}
+    mirror = spec.augment.mirror
+    if mirror and len(dims) > 1:
+        raise RunError("augment.mirror counts a patch's axes, which differ between 2D and 3D; train one at a time with --config")
+    if mirror is not None and (len(set(mirror)) != len(mirror) or any(not 0 <= axis < max(dims) for axis in mirror)):
+        raise RunError(f"augment.mirror must list different axes between 0 and {max(dims) - 1}, found {list(mirror)}")
 
 
 def validate(workspace: Workspace, run: str, fold: int, options: Options, reporter: Reporter) -> None:
@@ -131,12 +130,6 @@ def _record(
     wanted = old.spec.precision if old is not None and spec.precision == "auto" else spec.precision
     resolved = spec.model_copy(update={"precision": pick_precision(device, wanted)})
     split = workspace.splits()[fold]
-    dims = plan.configurations[configuration].dims
-    mirror = resolved.augment.mirror
-    if mirror is not None and (len(set(mirror)) != len(mirror) or any(not 0 <= axis < dims for axis in mirror)):
-        raise RunError(
-            f"augment.mirror must list different axes between 0 and {dims - 1} for {configuration}, found {list(mirror)}"
-        )
     own = plan.model_copy(
         update={
             "configurations": {
@@ -157,27 +150,29 @@ def _record(
         device=str(device),
         versions=_versions(),
     )
-    if old is not None:
-        differences = _differences(old.model_dump(mode="json"), record.model_dump(mode="json"))
+    others = [] if options.restart else [p for p in (workspace.runs / run).glob("fold_*") if p != folder.path]
+    siblings = [sibling.record() for sibling in map(RunFolder, others) if sibling.record_path.exists()]
+    for other in [*([old] if old is not None else []), *siblings]:
+        differences = _differences(other.model_dump(mode="json"), record.model_dump(mode="json"), same_fold=other is old)
         if differences:
             raise RunError(
-                f"run {run!r} fold {fold} exists already and was made with other settings:\n  "
+                f"run {run!r} fold {other.fold} exists already and was made with other settings:\n  "
                 + "\n  ".join(differences[:12])
                 + "\ngive --name NEW to train beside it, or --restart to replace it"
             )
     return record
 
 
-def _differences(old: Any, new: Any, where: str = "") -> list[str]:
+def _differences(old: Any, new: Any, where: str = "", same_fold: bool = True) -> list[str]:
     ignored = {"device", "versions", "data", "plan.notes", "plan.planner", "plan.gpu_memory_gb"}
+    if not same_fold:  # folds are combined at prediction: what shapes images and network must agree
+        ignored |= {"fold", "split", *(f"spec.{key}" for key in TrainSpec.model_fields if key != "augment")}
     if where in ignored:
         return []
     if isinstance(old, dict) and isinstance(new, dict):
-        return [
-            line
-            for key in dict.fromkeys([*old, *new])
-            for line in _differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
-        ]
+        keys = dict.fromkeys([*old, *new])
+        inside = [(key, f"{where}.{key}" if where else key) for key in keys]
+        return [line for key, path in inside for line in _differences(old.get(key), new.get(key), path, same_fold)]
     return [] if old == new else [f"{where}: {str(old)[:100]} (in run.json), {str(new)[:100]} (wanted)"]
 
 
@@ -221,19 +216,35 @@ def _job(workspace: Workspace, record: RunRecord, options: Options) -> Job:
     )
 
 
-def _tell_time(job: Job, folds: int, reporter: Reporter) -> None:
-    from autoseg.trainers.default import seconds_per_step
+def _tell_time(workspace: Workspace, records: Sequence[RunRecord], options: Options, reporter: Reporter) -> None:
+    """Measure a step of every configuration that has something to train, and say how long all of it will take.
 
-    try:
-        step = seconds_per_step(job)
-    except RunError:  # it will come up in training, with the cases that caused it
-        return
-    validation = 0.35 * job.spec.epochs * job.spec.val_steps if job.validation else 0
-    fold = (job.spec.total_steps + validation) * step
-    reporter.info(
-        f"{job.spec.epochs} epochs of {job.spec.steps_per_epoch} steps, {step:.3g} s each on {job.device} in {job.precision}: "
-        f"measured, about {duration(fold)} per fold, {duration(fold * folds)} for {folds} fold(s); then their cases are validated"
-    )
+    With `restart` this also shows whatever is wrong with the settings before anything is removed.
+    """
+    from autoseg.trainers.default import Training, seconds_per_step
+
+    total = 0.0
+    for configuration in dict.fromkeys(record.configuration for record in records):
+        own = [record for record in records if record.configuration == configuration]
+        left = [r for r in own if options.restart or not RunFolder(workspace.fold(r.name, r.fold)).finished]
+        if not left:
+            continue
+        job = _job(workspace, left[0], options)
+        Training(job)
+        try:
+            step = seconds_per_step(job)
+        except RunError:  # it will come up in training, with the cases that caused it
+            continue
+        spec = job.spec
+        steps = spec.total_steps + (0.35 * spec.epochs * spec.val_steps if job.validation else 0)
+        total += steps * step * len(left)
+        reporter.info(
+            f"{configuration}: {spec.epochs} epochs of {spec.steps_per_epoch} steps, measured {step:.3g} s per step on "
+            f"{job.device} in {job.precision}: about {duration(steps * step)} per fold, "
+            f"{duration(steps * step * len(left))} for {len(left)} fold(s)"
+        )
+    if total:
+        reporter.info(f"training takes about {duration(total)} in all; each fold's cases are then validated")
 
 
 def duration(seconds: float) -> str:
@@ -248,9 +259,8 @@ def duration(seconds: float) -> str:
     return f"{minutes // 1440} d {minutes % 1440 // 60} h"
 
 
-def _train_fold(
-    job: Job, folder: RunFolder, record: RunRecord, options: Options, reporter: Reporter, interrupts: Interrupts
-) -> None:
+def _train_fold(job: Job, folder: RunFolder, record: RunRecord, reporter: Reporter, interrupts: Interrupts) -> None:
+    from autoseg.networks.hardware import is_out_of_memory
     from autoseg.trainers.default import State, Training
 
     folder.remove_leftovers()
@@ -279,11 +289,19 @@ def _train_fold(
             log.checkpoint_if_due()
             task.advance(1, log.note())
 
-        for epoch in training.run(after_step):
-            log.add(epoch)
-            after = log.note()
-            task.advance(0, after)
-    folder.save_weights(training.weights())
+        try:
+            for epoch in training.run(after_step):
+                log.add(epoch)
+                task.advance(0, log.note())
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise RunError(
+                f"out of memory at step {training.step} with batch {training.batch_size} on {job.device}; the last checkpoint is "
+                "intact. Train with a smaller --set batch_size=..., or plan for less with --replan --gpu-memory. "
+                f"torch says: {str(error).splitlines()[0][:120]}"
+            ) from None
+        folder.save_weights(training.weights())
     log.draw()
     interrupts.raise_if_requested()
 

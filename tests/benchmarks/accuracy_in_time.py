@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -37,19 +38,21 @@ def ours(data: Path, scratch: Path, minutes: float, batch: int) -> tuple[Path, i
         lines = (work / "runs" / name / "fold_0" / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line)["seconds"] for line in lines]
 
-    epoch = min(run("calibration", 3)[1:])
+    epoch = statistics.median(run("calibration", 4)[1:])
     epochs = int(minutes * 60 / epoch)
     seconds = sum(run("measured", epochs))
     return work / "runs" / "measured" / "fold_0" / "validation", epochs * STEPS_PER_EPOCH, seconds
 
 
-def peer(data: Path, venv: Path, scratch: Path, minutes: float, batch: int, splits: Path) -> tuple[Path, int, float]:
+def peer(
+    data: Path, venv: Path, scratch: Path, minutes: float, batch: int, splits: Path, workers: int
+) -> tuple[Path, int, float]:
     root = scratch / "peer"
     name = "Dataset001_Bench"
     raw, preprocessed, results = root / "raw", root / "preprocessed", root / "results"
     environment = {
         **os.environ, "nnUNet_raw": str(raw), "nnUNet_preprocessed": str(preprocessed), "nnUNet_results": str(results),
-        "PATH": f"{venv / 'bin'}:{os.environ['PATH']}", "nnUNet_n_proc_DA": "1", "BENCH_BATCH": str(batch),
+        "PATH": f"{venv / 'bin'}:{os.environ['PATH']}", "nnUNet_n_proc_DA": str(workers), "BENCH_BATCH": str(batch),
         "BENCH_STEPS": str(STEPS_PER_EPOCH), "BENCH_VAL": "1",
     }
     if not (preprocessed / name / "nnUNetPlans.json").exists():
@@ -63,6 +66,9 @@ def peer(data: Path, venv: Path, scratch: Path, minutes: float, batch: int, spli
         (raw / name / "dataset.json").write_text(json.dumps({key: description[key] for key in wanted}))
         command = [str(venv / "bin" / "nnUNetv2_plan_and_preprocess"), "-d", "1", "-c", CONFIGURATION, "-np", "2"]
         subprocess.run(command, check=True, env=environment)
+    theirs = json.loads((preprocessed / name / "nnUNetPlans.json").read_text())["configurations"][CONFIGURATION]["patch_size"]
+    planned = Workspace(splits.parent).plan().configurations[CONFIGURATION].patch_size
+    assert tuple(theirs) == planned, f"the plans differ: {theirs} and {planned}"
     shutil.copy(splits, preprocessed / name / "splits_final.json")
     fold = results / name / f"nnUNetTrainerBench__nnUNetPlans__{CONFIGURATION}" / "fold_0"
 
@@ -73,7 +79,7 @@ def peer(data: Path, venv: Path, scratch: Path, minutes: float, batch: int, spli
         log = next(fold.glob("training_log_*.txt")).read_text()
         return [float(found) for found in re.findall(r"Epoch time: ([0-9.]+) s", log)]
 
-    epoch = min(run(3)[1:])
+    epoch = statistics.median(run(4)[1:])
     epochs = int(minutes * 60 / epoch)
     seconds = sum(run(epochs))
     return fold / "validation", epochs * STEPS_PER_EPOCH, seconds
@@ -86,6 +92,7 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=1, help="augmentation workers of the peer (1 is best on 2 cores)")
     parser.add_argument("--only", choices=["ours", "peer"])
     given = parser.parse_args()
     results = {}
@@ -93,7 +100,7 @@ def main() -> None:
         results["ours"] = ours(given.data, given.scratch, given.minutes, given.batch)
     if given.only != "ours":
         splits = Workspace(given.scratch / "ours").splits_path
-        results["peer"] = peer(given.data, given.peer, given.scratch, given.minutes, given.batch, splits)
+        results["peer"] = peer(given.data, given.peer, given.scratch, given.minutes, given.batch, splits, given.workers)
     split = Workspace(given.scratch / "ours").splits()[0]
     references = {case: given.data / "labels" / f"{case}.nii.gz" for case in split.val}
     labels = Workspace(given.scratch / "ours").plan().labels
