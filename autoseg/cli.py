@@ -121,7 +121,8 @@ def check(
 ) -> None:
     """Verify a data set and list every fault; nothing is written."""
     from autoseg.logs import SILENT
-    from autoseg.stages.plan import checked_dataset, describe_faults
+    from autoseg.stages.check import describe_faults
+    from autoseg.stages.plan import checked_dataset
 
     found, faults = checked_dataset(dataset, "auto", _threads(threads), SILENT if as_json else reporter)
     errors = sum(fault.severity == "error" for fault in faults)
@@ -152,7 +153,7 @@ def plan(
 ) -> None:
     """Check and measure a data set, derive the plan and the folds."""
     from autoseg.files.workspace import Workspace
-    from autoseg.stages.plan import describe_faults
+    from autoseg.stages.check import describe_faults
     from autoseg.stages.plan import plan as run_plan
     from autoseg.stages.summary import describe_plan
 

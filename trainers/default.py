@@ -18,11 +18,10 @@ from autoseg.errors import PluginError, RunError
 from autoseg.networks.build import build
 from autoseg.networks.describe import describe
 from autoseg.networks.hardware import Resolved, autocast
-from autoseg.plugins import resolve
 from autoseg.trainers.augment import DefaultAugmentation
 from autoseg.trainers.losses import Targets, head_count, make_loss
 from autoseg.trainers.sampling import TRAINING, VALIDATION, Loader, PatchSource, Sampler
-from autoseg.trainers.schedule import SCHEDULES, learning_rate_factor
+from autoseg.trainers.schedule import make_schedule
 from autoseg.types.labels import Labels
 from autoseg.types.plan import Configuration
 from autoseg.types.run import EpochRecord, OptimizerSpec, TrainSpec
@@ -60,8 +59,7 @@ class Training:
         spec, configuration = job.spec, job.configuration
         _require("augmentation", spec.augment.kind, "default", spec.augment.options)
         _require("sampler", spec.sampler.kind, "reference", spec.sampler.options)
-        _require("schedule", spec.schedule.kind, spec.schedule.kind, spec.schedule.options)
-        self._schedule = resolve(spec.schedule.kind, SCHEDULES, "schedule")
+        self._factor = make_schedule(spec.schedule)
         description = describe(configuration, job.channels, job.labels.output_count)
         self.network = build(description, seed=(spec.seed * 1000 + job.fold) % 2**63).to(job.device)
         self.heads = head_count(len(description.heads), spec.deep_supervision)
@@ -198,7 +196,7 @@ class Training:
 
     def _learning_rate(self, step: int) -> float:
         spec = self.job.spec
-        return spec.optimizer.lr * learning_rate_factor(step / spec.total_steps, spec.schedule, self._schedule)
+        return spec.optimizer.lr * self._factor(step / spec.total_steps)
 
     def _loader(self, cases: Sequence[PatchSource]) -> Loader:
         job, configuration = self.job, self.job.configuration

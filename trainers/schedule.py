@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from autoseg.errors import PluginError
+from autoseg.plugins import resolve
 from autoseg.types.run import ScheduleSpec
 
 
@@ -22,8 +24,19 @@ Schedule = Callable[[float, ScheduleSpec], float]
 SCHEDULES: dict[str, Schedule] = {"polynomial": polynomial, "cosine": cosine}
 
 
-def learning_rate_factor(fraction: float, spec: ScheduleSpec, schedule: Schedule) -> float:
-    """Factor on the base learning rate after `fraction` (0 to 1) of the run; a warm-up rises linearly first."""
-    if fraction < spec.warmup:
-        return (fraction + 1e-3) / (spec.warmup + 1e-3)
-    return schedule((fraction - spec.warmup) / (1 - spec.warmup), spec)
+def make_schedule(spec: ScheduleSpec) -> Callable[[float], float]:
+    """The factor on the base learning rate after a fraction (0 to 1) of the run; a warm-up rises linearly first.
+
+    Raises:
+        PluginError: unknown kind, or options that a built-in schedule does not take.
+    """
+    schedule = resolve(spec.kind, SCHEDULES, "schedule")
+    if spec.kind in SCHEDULES and spec.options:
+        raise PluginError(f"schedule {spec.kind!r} takes no options, found {', '.join(spec.options)}")
+
+    def factor(fraction: float) -> float:
+        if fraction < spec.warmup:
+            return (fraction + 1e-3) / (spec.warmup + 1e-3)
+        return schedule((fraction - spec.warmup) / (1 - spec.warmup), spec)
+
+    return factor

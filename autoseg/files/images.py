@@ -22,6 +22,7 @@ from autoseg.files.pictures import PICTURE_ENDINGS, picture_header, read_picture
 from autoseg.files.sizes import DEFLATE_RATIO, check_size
 from autoseg.files.textheaders import TextHeader, metaimage_header, nrrd_header, read_text_voxels
 from autoseg.files.tiffs import read_tiff, read_tiff_header, write_tiff
+from autoseg.files.voxels import NotWholeError, smallest, whole
 from autoseg.files.workspace import atomic_path
 from autoseg.types.case import Image
 from autoseg.types.geometry import Grid, Matrix
@@ -39,15 +40,10 @@ _META_HEADER = 1 << 16
 _SHEARED = ("has directions that are not perpendicular unit vectors (sheared, for example by a tilted gantry); "
             "resample image and label onto a grid with perpendicular axes")
 _ITK = threading.RLock()  # SimpleITK's readers crash now and then when several threads create and destroy them (SimpleITK #74)
-WHOLE = 1e-3  # how far label values stored as floats may be from whole numbers
 
 
 class ColourMaskError(DatasetError):
     """A label file has colours or several channels instead of one value per voxel."""
-
-
-class NotWholeError(DatasetError):
-    """A label file holds values that are not whole numbers."""
 
 
 @dataclass(frozen=True)
@@ -197,22 +193,7 @@ def read_label(path: Path) -> tuple[NDArray[np.integer[Any]], Grid]:
             kind = "an RGB mask" if len(array) in (3, 4) and image.ending in (*PICTURE_ENDINGS, *_TIFF) else "no label map"
             raise ColourMaskError(f"is {kind}: expected one integer per voxel, found {len(array)} channels; "
                                   "save it with one channel")
-        return _whole(array[0]), image.grid
-
-
-def _whole(array: NDArray[Any]) -> NDArray[np.integer[Any]]:
-    if array.dtype.kind in "ui":
-        return array
-    result = np.empty(array.shape, np.int32)
-    for index, plane in enumerate(array):  # plane by plane, so that no second float array is needed
-        with np.errstate(invalid="ignore"):  # infinite minus infinite
-            rounded = np.rint(plane)
-            wrong = ~(np.abs(plane - rounded) <= WHOLE) | (np.abs(rounded) > np.iinfo(np.int32).max)
-        if wrong.any():
-            raise NotWholeError(f"holds the value {plane[wrong][0]:.6g}: expected whole numbers as labels; "
-                                "export it again without interpolation")
-        result[index] = rounded
-    return result
+        return whole(array[0]), image.grid
 
 
 def write_label(path: Path, label_zyx: NDArray[np.integer[Any]], grid: Grid, like: Path | None = None) -> None:
@@ -231,7 +212,7 @@ def write_label(path: Path, label_zyx: NDArray[np.integer[Any]], grid: Grid, lik
         flat = ending in PICTURE_ENDINGS
         if flat and grid.shape[0] != 1:
             raise DatasetError(f"holds one slice, the label map has {grid.shape[0]}; write NIfTI or TIFF")
-        label = label_zyx if flat else label_zyx.astype(_smallest(label_zyx), copy=False)
+        label = label_zyx if flat else label_zyx.astype(smallest(label_zyx), copy=False)
         model = like if like is not None and _matches(like, ending, grid) else None
         if ending == ".mhd":
             _write_mhd(path, label, grid)
@@ -267,14 +248,6 @@ def write_probabilities(path: Path, probabilities_czyx: NDArray[np.float32], gri
 def _matches(like: Path, ending: str, grid: Grid) -> bool:
     family = next((f for f in (_NIFTI, _TIFF) if ending in f), ())
     return split_ending(like.name)[1] in family and like.is_file() and not compare_grids(read_header(like).grid, grid)
-
-
-def _smallest(label: NDArray[np.integer[Any]]) -> type[np.integer[Any]]:
-    low, high = int(label.min()), int(label.max())
-    for dtype in (np.uint8, np.uint16, np.int16, np.int32):
-        if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
-            return dtype
-    return np.int64
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Filling an array from a stream, plain or packed, with every early end and every failed checksum told."""
+"""Voxels from a stream, plain or packed, with every early end and failed checksum told; and label values as integers."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ from autoseg.errors import DatasetError
 
 _BLOCK = 1 << 22
 _MOST_EXTRA = 1 << 24
+WHOLE = 1e-3  # how far label values stored as floats may be from whole numbers
+
+
+class NotWholeError(DatasetError):
+    """A label file holds values that are not whole numbers."""
 
 
 def igzip() -> Any:
@@ -79,3 +84,28 @@ def fill(stream: Any, dtype: np.dtype[Any], count: int, packed: bool) -> NDArray
         if extra > _MOST_EXTRA:
             raise DatasetError(f"is damaged: its data go on after the {len(view)} bytes of voxels that its header declares")
     return flat
+
+
+def whole(array: NDArray[Any]) -> NDArray[np.integer[Any]]:
+    """Label values (z, y, x) as integers; NotWholeError when one is farther than `WHOLE` from a whole number."""
+    if array.dtype.kind in "ui":
+        return array
+    result = np.empty(array.shape, np.int32)
+    for index, plane in enumerate(array):  # plane by plane, so that no second float array is needed
+        with np.errstate(invalid="ignore"):  # infinite minus infinite
+            rounded = np.rint(plane)
+            wrong = ~(np.abs(plane - rounded) <= WHOLE) | (np.abs(rounded) > np.iinfo(np.int32).max)
+        if wrong.any():
+            raise NotWholeError(f"holds the value {plane[wrong][0]:.6g}: expected whole numbers as labels; "
+                                "export it again without interpolation")
+        result[index] = rounded
+    return result
+
+
+def smallest(label: NDArray[np.integer[Any]]) -> type[np.integer[Any]]:
+    """The smallest integer type that holds all values."""
+    low, high = int(label.min()), int(label.max())
+    for dtype in (np.uint8, np.uint16, np.int16, np.int32):
+        if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
+            return dtype
+    return np.int64

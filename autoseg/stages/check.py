@@ -56,16 +56,18 @@ def check(dataset: Dataset, faults: Sequence[Fault] = (), threads: int = 2, repo
     return sort_faults([*faults, *found, *_mixed(findings), *_duplicates(findings), *_absent(findings, dataset.labels)])
 
 
-def require_clean(faults: Sequence[Fault]) -> None:
+def describe_faults(faults: Sequence[Fault]) -> str:
+    """One paragraph per fault: severity, code, case, file, expected, found, what to do."""
+    return "\n".join(
+        f"{f.severity} {f.code}: {f'case {f.case}, ' if f.case else ''}{f.file or 'data set'}\n"
+        f"    expected: {f.expected}\n    found:    {f.found}\n    to do:    {f.fix}" for f in faults)
+
+
+def require_clean(faults: Sequence[Fault], source: object = "the data set") -> None:
     """Raise DatasetError that lists every error among `faults`; warnings pass."""
     errors = [f for f in faults if f.severity == "error"]
-    if not errors:
-        return
-    lines = []
-    for f in errors:
-        lines.append(f"{f.code}: case {f.case}: {f.file}" if f.case else f"{f.code}: {f.file}")
-        lines.append(f"  expected {f.expected}, found {f.found}; {f.fix}")
-    raise DatasetError(f"the data set has {len(errors)} fault{'s' if len(errors) != 1 else ''}:\n  " + "\n  ".join(lines))
+    if errors:
+        raise DatasetError(f"{source} has {len(errors)} error(s); nothing was written\n{describe_faults(errors)}")
 
 
 def _each(look: partial[_Finding], cases: Sequence[CaseFiles], threads: int) -> Iterable[_Finding]:

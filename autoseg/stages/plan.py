@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +13,7 @@ from autoseg.errors import DatasetError, PlanError, RecordError
 from autoseg.files.workspace import Workspace, load_record, save_record
 from autoseg.logs import SILENT, Reporter
 from autoseg.planners.registry import get_planner
-from autoseg.stages.check import check
+from autoseg.stages.check import check, require_clean
 from autoseg.stages.fingerprint import fingerprint
 from autoseg.types.dataset import Dataset, Fault, Split
 from autoseg.types.faults import sort_faults
@@ -44,15 +43,6 @@ def checked_dataset(
     return dataset, sort_faults(faults)
 
 
-def describe_faults(faults: Sequence[Fault]) -> str:
-    """One paragraph per fault: severity, code, case, file, expected, found, what to do."""
-    return "\n".join(
-        f"{f.severity} {f.code}: {f'case {f.case}, ' if f.case else ''}{f.file or 'data set'}\n"
-        f"    expected: {f.expected}\n    found:    {f.found}\n    to do:    {f.fix}"
-        for f in faults
-    )
-
-
 def plan(
     path: Path,
     workspace: Workspace,
@@ -75,9 +65,8 @@ def plan(
     old = _old_plan(workspace, planner, gpu_memory_gb, replan)
     old_splits = workspace.splits() if replan and workspace.splits_path.exists() else None
     dataset, faults = checked_dataset(path, groups, threads, reporter)
-    errors = [fault for fault in faults if fault.severity == "error"]
-    if errors or dataset is None:
-        raise DatasetError(f"{path} has {len(errors)} error(s); nothing was written\n{describe_faults(errors)}")
+    require_clean(faults, path)
+    assert dataset is not None  # without one there is an error
     keep = old is not None and not replan
     if keep and old is not None:
         _suits(old, dataset)

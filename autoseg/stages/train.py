@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoseg.datasets.splits import check_splits
 from autoseg.errors import CasesFailed, RunError
+from autoseg.files.machine import cores
 from autoseg.files.preprocessed import StoredCase, digest, open_case
 from autoseg.files.runs import RunFolder
 from autoseg.files.workspace import Workspace, save_record
@@ -201,7 +202,7 @@ def _job(workspace: Workspace, record: RunRecord, options: Options) -> Job:
     from autoseg.trainers.default import Job
 
     device = pick_device(options.device)
-    threads = options.threads if options.threads is not None else (1 if device.type == "cpu" else 8)
+    threads = options.threads if options.threads is not None else (1 if device.type == "cpu" else min(8, cores()))
     return Job(
         record.plan.configurations[record.configuration],
         record.plan.labels,

@@ -165,7 +165,7 @@ def test_errors_are_raised_together_and_warnings_pass(folder: Folder) -> None:
     with pytest.raises(DatasetError) as info:
         require_clean(faults)
     errors = [f for f in faults if f.severity == "error"]
-    assert f"the data set has {len(errors)} faults" in str(info.value)
+    assert f"the data set has {len(errors)} error(s)" in str(info.value)
     assert all(f.file in str(info.value) for f in errors)
     assert "duplicate-image" not in str(info.value)
     require_clean([f for f in faults if f.severity == "warning"])

@@ -8,23 +8,23 @@ import math
 import pytest
 
 from autoseg.errors import PluginError
-from autoseg.trainers.schedule import learning_rate_factor
+from autoseg.trainers.schedule import make_schedule
 from autoseg.types.run import ScheduleSpec
 
 
 def test_the_default_is_the_references_polynomial() -> None:
     for fraction in (0.0, 0.1, 0.5, 0.999):
-        assert learning_rate_factor(fraction, ScheduleSpec()) == pytest.approx((1 - fraction) ** 0.9)
+        assert make_schedule(ScheduleSpec())(fraction) == pytest.approx((1 - fraction) ** 0.9)
 
 
 def test_the_power_can_be_set() -> None:
-    assert learning_rate_factor(0.25, ScheduleSpec(power=2.0)) == pytest.approx(0.75**2)
+    assert make_schedule(ScheduleSpec(power=2.0))(0.25) == pytest.approx(0.75**2)
 
 
 def test_cosine_is_half_a_cosine() -> None:
     spec = ScheduleSpec(kind="cosine")
-    assert [learning_rate_factor(f, spec) for f in (0.0, 0.5, 1.0)] == pytest.approx([1.0, 0.5, 0.0], abs=1e-12)
-    assert learning_rate_factor(0.25, spec) == pytest.approx((1 + math.sqrt(0.5)) / 2)
+    assert [make_schedule(spec)(f) for f in (0.0, 0.5, 1.0)] == pytest.approx([1.0, 0.5, 0.0], abs=1e-12)
+    assert make_schedule(spec)(0.25) == pytest.approx((1 + math.sqrt(0.5)) / 2)
 
 
 @pytest.mark.parametrize("kind", ["polynomial", "cosine"])
@@ -32,7 +32,7 @@ def test_cosine_is_half_a_cosine() -> None:
 def test_it_rises_during_the_warm_up_then_falls_to_zero_without_a_jump(kind: str, warmup: float) -> None:
     spec = ScheduleSpec(kind=kind, warmup=warmup)
     steps = 1000
-    factors = [learning_rate_factor(i / steps, spec) for i in range(steps + 1)]
+    factors = [make_schedule(spec)(i / steps) for i in range(steps + 1)]
     top = round(warmup * steps)
     assert all(a < b for a, b in itertools.pairwise(factors[: top + 1]))
     assert all(a >= b for a, b in itertools.pairwise(factors[top:]))
@@ -42,4 +42,9 @@ def test_it_rises_during_the_warm_up_then_falls_to_zero_without_a_jump(kind: str
 
 def test_an_unknown_schedule_lists_the_known_ones() -> None:
     with pytest.raises(PluginError, match="unknown schedule 'step'; choose from cosine, polynomial, or give module:Name"):
-        learning_rate_factor(0.5, ScheduleSpec(kind="step"))
+        make_schedule(ScheduleSpec(kind="step"))
+
+
+def test_options_that_would_be_ignored_are_refused() -> None:
+    with pytest.raises(PluginError, match="takes no options, found steps"):
+        make_schedule(ScheduleSpec(options={"steps": 3}))
