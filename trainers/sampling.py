@@ -37,11 +37,11 @@ class PatchSource(Protocol):
         """Sampled voxels (n, 3), n > 0, of each target 1..K that is present; 0: annotated voxels where an ignore label exists."""
         ...
 
-    def read_image(self, box: tuple[slice, slice, slice]) -> NDArray[np.float32]:
+    def read_image(self, box: tuple[slice, slice, slice], /) -> NDArray[np.float32]:
         """(channel, z, y, x) of a box inside the case."""
         ...
 
-    def read_label(self, box: tuple[slice, slice, slice]) -> NDArray[np.int16]:
+    def read_label(self, box: tuple[slice, slice, slice], /) -> NDArray[np.int16]:
         """(z, y, x) of a box inside the case."""
         ...
 

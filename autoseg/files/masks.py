@@ -74,6 +74,11 @@ class MaskFolder:
             write_text(self.path / LEDGER, json.dumps(self._ledger, indent=1) + "\n")
             self._write_row(case.case, row)
 
+    def end(self, case: CaseFiles, row: Mapping[str, str]) -> None:
+        """Complete a case's row once its files are written."""
+        with self._lock:
+            self._write_row(case.case, row)
+
     def fail(self, case: CaseFiles, why: str) -> None:
         """Record that a case failed."""
         with self._lock:

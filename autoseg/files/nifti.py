@@ -183,7 +183,7 @@ def write(path: Path, array: NDArray[Any], grid: Grid, like: NiftiHeader | None 
 def _header_bytes(record: Any) -> bytes:
     """The record's fields with zeros between them, where a copy of it holds whatever was in memory."""
     raw = bytearray(_SIZE)
-    clean = np.frombuffer(raw, record.dtype)
+    clean: Any = np.frombuffer(raw, record.dtype)
     for name in _FIELDS:
         clean[name] = record[name]
     return bytes(raw)

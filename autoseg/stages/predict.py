@@ -68,26 +68,26 @@ def load_model(workspace: Workspace, runs: Sequence[str], options: Options, post
                 f"run {run!r} has no finished training of fold(s) {missing or 'any'} (finished: {folds or 'none'}); "
                 f"train with: autoseg train {workspace.root} --config {run}"
             )
-        networks, record = [], RunFolder(workspace.fold(run, wanted[0])).record()
+        first = RunFolder(workspace.fold(run, wanted[0])).record()
+        plan, mirror = first.plan, first.spec.augment.mirror
+        configuration = plan.configurations[first.configuration]
+        networks = []
         for fold in wanted:
             folder = RunFolder(workspace.fold(run, fold))
-            first, record = record, folder.record()
-            plan, spec = record.plan, record.spec
-            if (first.configuration, first.plan, first.spec.augment.mirror) != (record.configuration, plan, spec.augment.mirror):
+            record = folder.record()
+            if (record.configuration, record.plan, record.spec.augment.mirror) != (first.configuration, plan, mirror):
                 raise RunError(
                     f"the folds of run {run!r} were trained with different plans, so they cannot be combined; "
                     f"choose some with --folds, or train fold {fold} again with --restart"
                 )
-            network = build(describe(plan.configurations[record.configuration], len(plan.channels), plan.labels.output_count))
+            network = build(describe(configuration, len(plan.channels), plan.labels.output_count))
             try:
                 network.load_state_dict(load_tensors(folder.weights_path))
             except RuntimeError as error:
                 raise RunError(f"{folder.weights_path} does not fit its plan: {str(error).splitlines()[0]}") from None
             networks.append(network)
-        axes = (
-            tuple(range(plan.configurations[record.configuration].dims)) if spec.augment.mirror is None else spec.augment.mirror
-        )
-        members.append(Member(plan, record.configuration, tuple(networks), axes))
+        axes = tuple(range(configuration.dims)) if mirror is None else mirror
+        members.append(Member(plan, first.configuration, tuple(networks), axes))
     device = pick_device(options.device)
     return Model(members, device, pick_precision(device, options.precision), options.mirror, postprocessing)
 
@@ -264,10 +264,13 @@ def _finish(
     ready.seconds["restore"] = time.perf_counter() - begin
     like = Path(case.images[0])
     folder.path.mkdir(parents=True, exist_ok=True)
-    folder.begin(case, _row(case, ready, prediction.label_zyx, model.labels))
+    row = _row(case, ready, prediction.label_zyx, model.labels)
+    folder.begin(case, row)
+    begin = time.perf_counter()
     if prediction.probabilities_czyx is not None:
         write_probabilities(folder.probabilities(case), prediction.probabilities_czyx, ready.image_grid, like)
     write_label(folder.mask(case), prediction.label_zyx, ready.image_grid, like)
+    folder.end(case, {**row, "seconds_write": f"{time.perf_counter() - begin:.3f}"})
 
 
 def _row(
