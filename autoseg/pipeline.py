@@ -65,8 +65,8 @@ DEMO_CASES, DEMO_UNSEEN, DEMO_SEED, DEMO_SIZE = 20, 4, 2026, 0.8
 DEMO_MEMORY_GB = 0.2  # small patches, so that many steps fit into the time
 DEMO_FEATURES = (16, 32, 64, 96, 96, 96)  # instead of 32 to 320: thin enough for a laptop's processor
 DEMO_SPEC = TrainSpec(
-    epochs=6,
-    steps_per_epoch=35,
+    epochs=8,
+    steps_per_epoch=40,
     val_steps=2,
     batch_size=2,
     augment=AugmentSpec(mirror=()),

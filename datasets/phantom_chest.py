@@ -320,7 +320,7 @@ def _nodules(image: Field, boxes: Boxes, trunk: Trunk, person: Subject, rng: np.
     inner, border = (np.argwhere((trunk.lungs > low) & (trunk.lungs < high)) for low, high in ((-40, -9), (-3.5, -1)))
     space = boxes.space
     for _ in range(person.nodules):
-        radius = 4.5 + 5.5 * rng.beta(1.2, 1.6)
+        radius = 6.0 + 5.0 * rng.beta(1.2, 1.6)
         places = border if rng.random() < 0.35 and len(border) else inner
         if not len(places):
             continue
