@@ -55,9 +55,9 @@ def load(
     from autoseg.stages.predict import Options, chosen, load_model
 
     workspace = Workspace(path).require()
-    runs, postprocessing = chosen(workspace)
+    selection = chosen(workspace)
     options = Options(folds=None if folds is None else tuple(folds), device=device, precision=precision, mirror=mirror)
-    return load_model(workspace, runs, options, postprocessing)
+    return load_model(workspace, selection.runs, options, selection.postprocessing, selection.run_weights)
 
 
 def __getattr__(name: str) -> Any:

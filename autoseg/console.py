@@ -32,6 +32,10 @@ class _BarTask:
         """Move the bar."""
         self.progress.update(self.handle, advance=steps, note=note)
 
+    def resize(self, total: int) -> None:
+        """Change the number of steps."""
+        self.progress.update(self.handle, total=total)
+
 
 class _LineTask:
     """Plain lines for logs: at most one every few seconds."""
@@ -40,6 +44,10 @@ class _LineTask:
         self.out, self.name, self.total, self.unit = out, name, total, unit
         self.done, self.begin, self.last = 0, time.monotonic(), time.monotonic()
         self.first: int | None = None
+
+    def resize(self, total: int) -> None:
+        """Change the number of steps."""
+        self.total = total
 
     def advance(self, steps: int = 1, note: str = "") -> None:
         """Count, and print a line when it is time."""

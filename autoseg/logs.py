@@ -14,6 +14,10 @@ class Task(Protocol):
         """Count `steps` as done; `note` is a short text shown beside the bar (losses, the case at work)."""
         ...
 
+    def resize(self, total: int) -> None:
+        """Change the number of steps."""
+        ...
+
 
 class Reporter(Protocol):
     """Receives progress and messages from the stages."""
@@ -34,6 +38,9 @@ class Reporter(Protocol):
 class _SilentTask:
     def advance(self, steps: int = 1, note: str = "") -> None:
         """Count nothing."""
+
+    def resize(self, total: int) -> None:
+        """Change nothing."""
 
     def __enter__(self) -> _SilentTask:
         return self

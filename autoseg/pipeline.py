@@ -90,7 +90,7 @@ def demo(
     made = workspace.plan()
     thin = made.model_copy(update={"configurations": {"3d_fullres": _thin(made.configurations["3d_fullres"])}})
     if thin != made:
-        save_record(workspace.plan_path, thin)
+        workspace.save_plan(thin)
     segment(data, workspace, [data / "unseen" / "images"], masks, spec, reporter=reporter, interrupts=interrupts)
     report = evaluate(masks, data / "unseen" / "labels", labels=workspace.plan().labels, reporter=reporter)
     save_record(out / "report.json", report)

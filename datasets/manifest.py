@@ -18,7 +18,9 @@ from autoseg.types.dataset import CaseFiles, Fault
 from autoseg.types.faults import fault
 
 MANIFEST_ENDINGS = (".csv", ".json")
-COLUMNS = "image (or image_<channel name>, or image_0, image_1, ...), label; if wanted: case, group, fold"
+COLUMNS = ("image (or image_<channel name>, or image_0, image_1, ...), label; if wanted: case, group, fold, and more for results "
+           "by site, scanner, ...")
+KNOWN = ("case", "label", "group", "fold", "image")
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,14 @@ def _case(path: Path, row: Mapping[str, str], columns: Sequence[str], number: in
     if fold and not re.fullmatch(r"\d+(\.0*)?", fold):
         faults.append(fault("invalid-description", name, path, "a fold number 0, 1, ...", f"fold {fold!r} in row {number}"))
         fold = ""
-    return case.model_copy(update={"group": row.get("group") or None, "fold": int(float(fold)) if fold else None}), faults
+    more = {key: value for key, value in row.items() if key and value and not _is_known(key)}
+    update = {"group": row.get("group") or None, "fold": int(float(fold)) if fold else None, "attributes": more}
+    return case.model_copy(update=update), faults
+
+
+def _is_known(column: str) -> bool:
+    """Whether a column has a meaning of its own; all others become attributes of the case."""
+    return column in KNOWN or column.startswith("image_")
 
 
 def _read_csv(path: Path) -> _Table:
@@ -170,8 +179,10 @@ def _json_row(entry: Mapping[str, Any], channels: tuple[str, ...] | None, where:
             single = len(parts) == 1 and not isinstance(value, Mapping)
             for name, item in parts:
                 row["image" if single else f"image_{name}"] = _text(item, f"{where}.{key}")
-        elif key in ("case", "label", "group", "fold", "image") or key.startswith("image_"):
+        elif _is_known(key):
             row[key] = _text(value, f"{where}.{key}")
+        elif isinstance(value, str | int | float):
+            row[key] = str(value).lower() if isinstance(value, bool) else str(value).strip()
     return row
 
 

@@ -47,16 +47,18 @@ def make_splits(cases: Sequence[CaseFiles], labels_present: Mapping[str, frozens
     """Folds for cross-validation: cases of a group stay together, sizes are balanced, and every label is spread over the folds.
 
     Groups holding the rarest label are placed first, each into the fold with the fewest cases of it (after Sechidis et al.
-    2011, iterative stratification). With fewer groups than `folds` there is one fold per group. When every case has a `fold`
-    in the manifest, that is used instead. The same cases give the same folds in any order.
-    Raises DatasetError when all cases belong to one group, or when the given folds are incomplete or leak.
+    2011, iterative stratification). With fewer groups than `folds` there is one fold per group, and a single case is both
+    trained and validated on. When every case has a `fold` in the manifest, that is used instead. The same cases give the same
+    folds in any order.
+    Raises DatasetError when all of several cases belong to one group, or when the given folds are incomplete or leak.
     """
     cases = sorted(cases, key=lambda c: c.case)
+    if len(cases) == 1:
+        return [Split(train=(cases[0].case,), val=(cases[0].case,))]
     groups = _groups(cases)
     if len(groups) < 2:
-        held = f"{len(cases)} case{'s' if len(cases) != 1 else ''} of {len(groups)} group{'s' if len(groups) != 1 else ''}"
-        raise DatasetError(f"cross-validation needs at least 2 cases of different groups (patients), found {held}; "
-                           "add cases, or correct the groups (--groups none treats every case as its own group)")
+        raise DatasetError(f"cross-validation needs cases of at least 2 groups (patients), found {len(cases)} cases of "
+                           f"{len(groups)}; add cases, or correct the groups (--groups none treats every case as its own group)")
     given = [c for c in cases if c.fold is not None]
     if given:
         splits = _given_folds(cases, given)
@@ -137,7 +139,8 @@ def _place(groups: Mapping[str, Sequence[str]], present: Mapping[str, frozenset[
 def check_splits(splits: Sequence[Split], cases: Sequence[CaseFiles]) -> None:
     """Verify folds that were made, edited or provided: known cases, none on both sides, no group on both sides, no empty side.
 
-    A case may be left out or never be validated. Raises DatasetError that lists everything that is wrong.
+    A case may be left out or never be validated; the only case there is may be on both sides. Raises DatasetError that lists
+    everything that is wrong.
     """
     group_of = {c.case: c.group for c in cases}
     problems: list[str] = [] if splits else ["there is no fold"]
@@ -152,7 +155,7 @@ def check_splits(splits: Sequence[Split], cases: Sequence[CaseFiles]) -> None:
             if twice:
                 problems.append(f"fold {k}: {side} lists {_some(twice)} more than once")
         both = sorted(set(split.train) & set(split.val))
-        if both:
+        if both and len(group_of) > 1:
             problems.append(f"fold {k}: {_some(both)} in train and in val")
         sides = [{group_of[c] for c in members if group_of.get(c) is not None} for members in (split.train, split.val)]
         for group in sorted(str(g) for g in sides[0] & sides[1]):
@@ -170,12 +173,16 @@ def extend_splits(splits: Sequence[Split], cases: Sequence[CaseFiles], known: It
     Cases of `known` (what the data set held when the splits were made) that are in no fold were left out on purpose and stay out.
 
     A new case of a known group goes where its group is; a new group is validated in the fold with the fewest validation cases
-    and trains in the others. A single fold is a fixed hold-out: new groups train. Raises DatasetError when a fold loses a side.
+    and trains in the others. A single fold is a fixed hold-out: new groups train; but folds of what was the only case, trained
+    and validated on, are made anew. Raises DatasetError when a fold loses a side.
     """
+    held = set(known)
+    if len(held) == 1 < len(cases) and [s for s in splits if {*s.train} == {*s.val} == held]:
+        return make_splits(cases, {})
     group_of = {c.case: _group(c) for c in cases}
     train = [[c for c in s.train if c in group_of] for s in splits]
     val = [[c for c in s.val if c in group_of] for s in splits]
-    placed = {c for members in (*train, *val) for c in members} | set(known)
+    placed = {c for members in (*train, *val) for c in members} | held
     added: dict[str, list[str]] = {}
     for case in sorted(group_of):
         if case not in placed:

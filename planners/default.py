@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from autoseg.errors import PlanError
-from autoseg.planners import rules
+from autoseg.planners import reasons, rules
+from autoseg.planners.oddities import data_oddities, size_oddities
+from autoseg.planners.symmetry import LeftRight, left_right, mirror_axes
 from autoseg.types.dataset import Dataset
 from autoseg.types.fingerprint import Fingerprint
 from autoseg.types.plan import Configuration, Plan
 from autoseg.types.record import Spec
 
 CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres")
-DEFAULT_CONFIGURATIONS = ("2d", "3d_fullres")
 RECIPE = rules.Recipe("unet", memory_gb=8, elements_2d=85e6, elements_3d=560e6, batch_share=0.05, size_for_min_batch=True)
 NORMALIZATION_OF_KIND = {"ct": ("CTNormalization", "its range of values (HU)"), "rgb": ("RGBTo01Normalization", "its colours")}
 
 
 def plan(
     dataset: Dataset, fingerprint: Fingerprint, gpu_memory_gb: float | None = None, *,
-    configurations: Sequence[str] = DEFAULT_CONFIGURATIONS,
+    configurations: Sequence[str] = CONFIGURATIONS,
 ) -> Plan:
     """Plan a plain U-Net for `gpu_memory_gb` (8 GB if None), keeping those `configurations` that suit the data.
 
@@ -37,29 +39,45 @@ def plan_with(
 ) -> Plan:
     """Apply the rules with a planner's own numbers; see `plan` for arguments and errors."""
     memory_gb = recipe.memory_gb if gpu_memory_gb is None else float(gpu_memory_gb)
-    _check(dataset, fingerprint, memory_gb, configurations)
+    check_inputs(dataset, fingerprint, memory_gb, configurations)
     spacings = np.array([case.spacing for case in fingerprint.cases], dtype=np.float64)
     shapes = np.array([case.shape_after_crop for case in fingerprint.cases], dtype=np.int64)
     spacing_zyx_mm = rules.target_spacing(spacings, shapes)
     transpose = rules.transpose_order(spacing_zyx_mm)
     median_zyx = rules.median_resampled_shape(spacings, shapes, spacing_zyx_mm)
-    normalization, notes = _normalization(dataset, fingerprint)
-    masks = rules.use_mask(normalization, fingerprint.median_relative_size_after_cropping)
+    normalization, words, notes = _normalization(dataset, fingerprint)
+    relative_size = fingerprint.median_relative_size_after_cropping
+    masks = rules.use_mask(normalization, relative_size)
     if any(masks):
-        notes.append(f"cropping to nonzero leaves {fingerprint.median_relative_size_after_cropping:.0%} of the median image, "
+        notes.append(f"cropping to nonzero leaves {relative_size:.0%} of the median image, "
                      "so z-scores are taken inside the nonzero mask")
-    sizer = _Sizer(recipe, memory_gb, dataset.labels.declared_count, len(fingerprint.cases), normalization, masks)
-    made, more = sizer.configurations(tuple(spacing_zyx_mm[a] for a in transpose), tuple(median_zyx[a] for a in transpose))
-    kept = _keep(made, configurations)
-    return Plan(
-        dataset_name=dataset.name, planner=planner, gpu_memory_gb=memory_gb,
-        orientation="as_stored" if dataset.source == "fingerprint" else "LPS",
+    sides = left_right(dataset, fingerprint)
+    if sides is not None:
+        notes.append(sides.text)
+    moved = spacings[:, transpose]
+    measured = tuple(tuple(row.tolist()) for row in (np.percentile(moved, 50, axis=0), moved.min(axis=0), moved.max(axis=0)))
+    sizer = _Sizer(recipe, memory_gb, dataset.labels.declared_count, len(moved), normalization, masks, transpose, sides, measured)
+    sizer.size(tuple(spacing_zyx_mm[a] for a in transpose), tuple(median_zyx[a] for a in transpose), configurations)
+    as_stored = dataset.source == "fingerprint"
+    kept = keep(sizer.made, configurations)
+    odd = [*data_oddities(dataset, fingerprint), *size_oddities(kept, math.prod(median_zyx) * len(moved))]
+    made = Plan(
+        dataset_name=dataset.name, planner=planner, gpu_memory_gb=memory_gb, orientation="as_stored" if as_stored else "LPS",
         transpose_forward=transpose, channels=dataset.channels, labels=dataset.labels, intensities=fingerprint.intensities,
-        configurations=kept, notes=(*notes, *more),
+        configurations=kept, notes=(*notes, *sizer.notes, *odd),
     )
+    shared = reasons.normalization_whys(words, relative_size, normalization)
+    whys = reasons.general_whys(planner, recipe, gpu_memory_gb, as_stored, dataset.channels_named, spacing_zyx_mm, len(moved))
+    for name, presence in sizer.presence.items():
+        whys[f"configurations.{name}"] = presence
+        if name in made.configurations:
+            own = {**sizer.whys[name], **shared, **reasons.link_whys(made.configurations[name])}
+            whys |= {f"configurations.{name}.{field}": own[field] for field in Configuration.model_fields}
+    return reasons.attach(made, whys)
 
 
-def _check(dataset: Dataset, fingerprint: Fingerprint, memory_gb: float, configurations: Sequence[str]) -> None:
+def check_inputs(dataset: Dataset, fingerprint: Fingerprint, memory_gb: float, configurations: Sequence[str]) -> None:
+    """Raise PlanError for inputs that no plan can be made from; see `plan`."""
     if not fingerprint.cases:
         raise PlanError("the fingerprint holds no case: expected at least one training case with an image and a label")
     if not (math.isfinite(memory_gb) and memory_gb > 0):
@@ -74,24 +92,27 @@ def _check(dataset: Dataset, fingerprint: Fingerprint, memory_gb: float, configu
         raise PlanError("3d_cascade_fullres starts from 3d_fullres and 3d_lowres; ask for those configurations too")
 
 
-def _normalization(dataset: Dataset, fingerprint: Fingerprint) -> tuple[tuple[str, ...], list[str]]:
-    """Scheme of each channel by its name, or by what its voxels look like where nobody named it, with notes that say so."""
+def _normalization(dataset: Dataset, fingerprint: Fingerprint) -> tuple[tuple[str, ...], tuple[str, ...], list[str]]:
+    """Scheme of each channel by its name, or by what its voxels look like where nobody named it; by what, in words; and notes."""
     schemes: list[str] = []
+    words: list[str] = []
     notes: list[str] = []
     for index, channel in enumerate(dataset.channels):
         kind = fingerprint.channel_kinds[index] if index < len(fingerprint.channel_kinds) else ""
         if not dataset.channels_named and kind.casefold() in NORMALIZATION_OF_KIND:
-            scheme, reason = NORMALIZATION_OF_KIND[kind.casefold()]
-            notes.append(f"channel {index} ({channel}) has no name and was recognised as {kind} by {reason}: {scheme}")
+            scheme, seen = NORMALIZATION_OF_KIND[kind.casefold()]
+            notes.append(f"channel {index} ({channel}) has no name and was recognised as {kind} by {seen}: {scheme}")
+            words.append(f"recognised as {kind} by {seen}")
         else:
             scheme = rules.normalization_for(channel)
             if scheme != rules.DEFAULT_NORMALIZATION:
                 notes.append(f"channel {index} is named {channel}: {scheme}")
+            words.append(f"named {channel}" if dataset.channels_named else f"{channel}, of no special kind")
         schemes.append(scheme)
-    return tuple(schemes), notes
+    return tuple(schemes), tuple(words), notes
 
 
-def _keep(made: dict[str, Configuration], wanted: Sequence[str]) -> dict[str, Configuration]:
+def keep(made: dict[str, Configuration], wanted: Sequence[str]) -> dict[str, Configuration]:
     """The wanted configurations among those the rules made; a link to one that is not kept is dropped."""
     kept = {name: configuration for name, configuration in made.items() if name in wanted}
     if not kept:
@@ -103,62 +124,87 @@ def _keep(made: dict[str, Configuration], wanted: Sequence[str]) -> dict[str, Co
     return kept
 
 
+@dataclass
 class _Sizer:
-    """Sizes configurations for one data set: what stays the same from configuration to configuration."""
+    """Sizes configurations for one data set: what stays the same from one to the next, and what `size` has made."""
 
-    def __init__(
-        self, recipe: rules.Recipe, memory_gb: float, outputs: int, cases: int, normalization: tuple[str, ...],
-        masks: tuple[bool, ...],
-    ) -> None:
-        self.recipe, self.memory_gb, self.outputs, self.cases = recipe, memory_gb, outputs, cases
-        self.normalization, self.masks = normalization, masks
+    recipe: rules.Recipe
+    memory_gb: float
+    outputs: int
+    cases: int
+    normalization: tuple[str, ...]
+    masks: tuple[bool, ...]
+    transpose: tuple[int, int, int]
+    sides: LeftRight | None
+    measured: tuple[rules.Floats, ...]  # median, smallest and largest spacing, after the transpose
+    made: dict[str, Configuration] = field(default_factory=dict)
+    whys: dict[str, dict[str, reasons.Why]] = field(default_factory=dict)
+    presence: dict[str, reasons.Why] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
-    def configurations(self, spacing: rules.Floats, median_shape: rules.Floats) -> tuple[dict[str, Configuration], list[str]]:
-        """Every configuration that suits the data, and notes; spacing and median shape are after the transpose."""
-        recipe, memory_gb, outputs = self.recipe, self.memory_gb, self.outputs
+    def size(self, spacing: rules.Floats, median_shape: rules.Floats, wanted: Sequence[str]) -> None:
+        """Make every configuration that suits the data; spacing and median shape are after the transpose."""
         dataset_voxels = math.prod(median_shape) * self.cases
-        notes: list[str] = []
-        slice_patch = rules.fit_patch(spacing[1:], median_shape[1:], outputs, recipe, memory_gb)
-        made = {"2d": self.configuration(slice_patch, spacing[1:], median_shape[1:], dataset_voxels, batch_dice=True)}
-        if not slice_patch.fits:
-            notes.append(_too_small("2d", slice_patch, memory_gb))
+        full: reasons.Sized | None = None
+        coarse: rules.LowRes | None = None
+        flat = self._fitted("2d", spacing[1:], median_shape[1:], dataset_voxels)
+        self._add("2d", flat, self._spacing_why(flat), batch_dice=True, dice_why=reasons.batch_dice_why("2d", None, None))
         if median_shape[0] == 1:
-            notes.append("the images have one slice, so there is only a 2d configuration")
-            return made, notes
-        patch = rules.fit_patch(spacing, median_shape, outputs, recipe, memory_gb)
-        if not patch.fits:
-            notes.append(_too_small("3d_fullres", patch, memory_gb))
-        coarse = rules.low_res(spacing, median_shape, patch, outputs, recipe, memory_gb)
-        full = self.configuration(patch, spacing, median_shape, dataset_voxels, batch_dice=coarse is not None)
-        made["3d_fullres"] = full
-        if coarse is None:
-            return made, notes
-        share = patch.voxels / math.prod(median_shape)
-        notes.append(f"a 3d_fullres patch covers {share:.0%} of the median image, so its Dice is taken over the batch as a whole")
-        made["3d_lowres"] = self.configuration(
-            coarse.fitted, coarse.spacing, coarse.median_shape, coarse.voxels * self.cases, batch_dice=False,
-        ).model_copy(update={"next_stage": "3d_cascade_fullres"})
-        made["3d_cascade_fullres"] = full.model_copy(update={"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"})
-        return made, notes
+            self.notes.append("the images have one slice, so there is only a 2d configuration")
+        else:
+            full = self._fitted("3d_fullres", spacing, median_shape, dataset_voxels)
+            coarse = rules.low_res(spacing, median_shape, full.fitted, self.outputs, self.recipe, self.memory_gb)
+            cascaded = coarse is not None and coarse.worthwhile
+            self._add("3d_fullres", full, self._spacing_why(full), batch_dice=cascaded,
+                      dice_why=reasons.batch_dice_why("3d_fullres", full, coarse))
+            if coarse is not None and cascaded:
+                self._add_cascade(full, coarse)
+        self.presence = reasons.presence_whys(full, coarse, median_shape[0], wanted, CONFIGURATIONS)
 
-    def configuration(
-        self, fitted: rules.FittedPatch, spacing: rules.Floats, median_shape: rules.Floats, dataset_voxels: float,
-        batch_dice: bool,
-    ) -> Configuration:
-        """The record of one sized patch."""
-        layout, network = fitted.topology, self.recipe.network
-        stages = len(layout.strides)
-        return Configuration(
-            patch_size=layout.patch_size,
-            batch_size=rules.batch_size(fitted, dataset_voxels, self.recipe, self.memory_gb),
-            spacing=spacing, median_shape=median_shape, network=Spec(kind=network),
+    def _fitted(self, name: str, spacing: rules.Floats, median_shape: rules.Floats, dataset_voxels: float) -> reasons.Sized:
+        fitted = rules.fit_patch(spacing, median_shape, self.outputs, self.recipe, self.memory_gb)
+        if not fitted.fits:
+            smallest = fitted.topology.patch_size
+            self.notes.append(f"{name}: even the smallest patch {smallest} is estimated above {self.memory_gb:g} GB")
+        return self._batched(fitted, spacing, median_shape, dataset_voxels)
+
+    def _batched(
+        self, fitted: rules.FittedPatch, spacing: rules.Floats, median_shape: rules.Floats, dataset_voxels: float
+    ) -> reasons.Sized:
+        limits = rules.batch_limits(fitted, dataset_voxels, self.recipe, self.memory_gb)
+        return reasons.Sized(fitted, limits, spacing, median_shape)
+
+    def _spacing_why(self, sized: reasons.Sized) -> reasons.Why:
+        median, low, high = (row[-len(sized.spacing) :] for row in self.measured)
+        return reasons.spacing_why(median, low, high, sized.spacing, self.cases)
+
+    def _add_cascade(self, full: reasons.Sized, coarse: rules.LowRes) -> None:
+        share = full.fitted.voxels / math.prod(full.median_shape)
+        self.notes.append(f"a 3d_fullres patch covers {share:.0%} of the median image, "
+                          "so its Dice is taken over the batch as a whole")
+        low = self._batched(coarse.fitted, coarse.spacing, coarse.median_shape, coarse.voxels * self.cases)
+        self._add("3d_lowres", low, reasons.low_res_spacing_why(full, coarse), batch_dice=False,
+                  dice_why=reasons.batch_dice_why("3d_lowres", full, coarse))
+        self.made["3d_lowres"] = self.made["3d_lowres"].model_copy(update={"next_stage": "3d_cascade_fullres"})
+        links = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
+        self.made["3d_cascade_fullres"] = self.made["3d_fullres"].model_copy(update=links)
+        self.whys["3d_cascade_fullres"] = reasons.inherited_whys("3d_fullres", self.whys["3d_fullres"])
+
+    def _add(self, name: str, sized: reasons.Sized, spacing_why: reasons.Why, *, batch_dice: bool, dice_why: reasons.Why) -> None:
+        layout, network = sized.fitted.topology, self.recipe.network
+        stages, dims = len(layout.strides), len(layout.patch_size)
+        mirror = mirror_axes(self.sides, self.transpose, layout.patch_size)
+        made = Configuration(
+            patch_size=layout.patch_size, batch_size=sized.batch.size,
+            spacing=sized.spacing, median_shape=sized.median_shape, network=Spec(kind=network),
             strides=layout.strides, kernel_sizes=layout.kernel_sizes,
-            features_per_stage=rules.features_per_stage(stages, len(layout.patch_size)),
+            features_per_stage=rules.features_per_stage(stages, dims),
             blocks_per_stage=rules.blocks_per_stage(network, stages),
             decoder_blocks_per_stage=rules.decoder_blocks_per_stage(network, stages),
-            batch_dice=batch_dice, normalization=self.normalization, use_mask_for_norm=self.masks,
+            batch_dice=batch_dice, normalization=self.normalization, use_mask_for_norm=self.masks, mirror_axes=mirror,
         )
-
-
-def _too_small(name: str, fitted: rules.FittedPatch, memory_gb: float) -> str:
-    return f"{name}: even the smallest patch {fitted.topology.patch_size} is estimated above {memory_gb:g} GB"
+        self.made[name] = made
+        self.whys[name] = {
+            **reasons.sized_whys(sized, made, self.recipe, self.memory_gb, self.cases, spacing_why),
+            "batch_dice": dice_why, "mirror_axes": reasons.mirror_why(self.sides, mirror, dims),
+        }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from autoseg.errors import PlanError
-from autoseg.planners.default import DEFAULT_CONFIGURATIONS, plan_with
+from autoseg.planners.default import CONFIGURATIONS, plan_with
 from autoseg.planners.rules import Recipe
 from autoseg.types.dataset import Dataset
 from autoseg.types.fingerprint import Fingerprint
@@ -25,7 +25,7 @@ PRESETS = {
 
 def plan(
     dataset: Dataset, fingerprint: Fingerprint, preset: str, gpu_memory_gb: float | None = None, *,
-    configurations: Sequence[str] = DEFAULT_CONFIGURATIONS,
+    configurations: Sequence[str] = CONFIGURATIONS,
 ) -> Plan:
     """Plan a residual-encoder U-Net by `preset` for `gpu_memory_gb` (the preset's own if None).
 

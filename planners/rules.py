@@ -61,24 +61,42 @@ class Recipe:
         """Activation elements allowed per patch of the reference batch at `memory_gb`; memory is taken as proportional."""
         return (self.elements_2d if dims == 2 else self.elements_3d) * (memory_gb / self.memory_gb)
 
+    def largest(self, dims: int, memory_gb: float) -> float:
+        """Activation elements that one patch may have at most at `memory_gb`."""
+        return self.budget(dims, memory_gb) * (REFERENCE_BATCH[dims] / MIN_BATCH if self.size_for_min_batch else 1)
+
 
 @dataclass(frozen=True)
 class Topology:
-    """A legal patch with the strides and kernels of each stage; the first stage has stride 1."""
+    """A legal patch with the strides and kernels of each stage; the first stage has stride 1.
+
+    `tiny` where the image is too small for the usual rule and is halved once all the same.
+    """
 
     patch_size: Ints
     strides: tuple[Ints, ...]
     kernel_sizes: tuple[Ints, ...]
     divisor: Ints
+    tiny: bool = False
+
+    @property
+    def bottleneck(self) -> Ints:
+        """Voxels per axis at the lowest stage."""
+        return tuple(edge // step for edge, step in zip(self.patch_size, self.divisor, strict=True))
 
 
 @dataclass(frozen=True)
 class FittedPatch:
-    """The largest patch within the memory target, and its activation elements; `fits` is false when even the smallest is not."""
+    """The largest patch within the memory target, and its activation elements; `fits` is false when even the smallest is not.
+
+    `start` is the patch it was found from, in so many `steps`.
+    """
 
     topology: Topology
     elements: int
     fits: bool = True
+    start: Floats = ()
+    steps: int = 0
 
     @property
     def voxels(self) -> int:
@@ -87,13 +105,39 @@ class FittedPatch:
 
 
 @dataclass(frozen=True)
+class BatchLimits:
+    """How many patches the memory target holds, and how many the allowed share of the data set comes to."""
+
+    memory: int
+    share: int
+
+    @property
+    def size(self) -> int:
+        """The smaller of the two, but at least 2."""
+        return max(min(self.memory, self.share), MIN_BATCH)
+
+    @property
+    def limit(self) -> Literal["memory", "share", "minimum"]:
+        """Which of them decides."""
+        if min(self.memory, self.share) < MIN_BATCH:
+            return "minimum"
+        return "memory" if self.memory <= self.share else "share"
+
+
+@dataclass(frozen=True)
 class LowRes:
-    """A coarser 3D spacing at which the patch covers a quarter of the median image."""
+    """A coarser 3D spacing at which the patch covers a quarter of the median image; `gain` is how many times fewer voxels."""
 
     spacing: Floats
     median_shape: Floats
     voxels: float
     fitted: FittedPatch
+    gain: float
+
+    @property
+    def worthwhile(self) -> bool:
+        """Whether the image becomes so much smaller that a configuration of its own pays."""
+        return self.gain >= LOW_RES_MIN_GAIN
 
 
 def target_spacing(spacings: NDArray[np.float64], shapes: NDArray[np.int64]) -> tuple[float, float, float]:
@@ -168,7 +212,8 @@ def topology(spacing: Floats, size: Floats) -> Topology:
     kernels: list[Ints] = []
     axes = _poolable_axes(current, edges)
     smallest = [1.0] * dims
-    if not axes:
+    tiny = not axes
+    if tiny:
         axes = _axes_of_a_tiny_image(current, edges)
         smallest = [float(MIN_EDGE if axis in axes else 1) for axis in range(dims)]
     while axes:
@@ -183,7 +228,7 @@ def topology(spacing: Floats, size: Floats) -> Topology:
         axes = _poolable_axes(current, edges)
     kernels.append((3,) * dims)
     patch = tuple(math.ceil(max(edge, low) / step) * step for edge, low, step in zip(size, smallest, divisor, strict=True))
-    return Topology(patch, tuple(strides), tuple(kernels), tuple(divisor))
+    return Topology(patch, tuple(strides), tuple(kernels), tuple(divisor), tiny)
 
 
 def features_per_stage(stages: int, dims: int) -> Ints:
@@ -226,7 +271,7 @@ def activation_elements(network: Network, patch_size: Ints, strides: Sequence[In
     return total + maps[0] + sum((2 * b + k) * size for b, k, size in zip(blocks, shortcuts, maps, strict=True))
 
 
-def _smaller(spacing: Floats, current: Topology, median_shape: Floats) -> Topology | None:
+def smaller(spacing: Floats, current: Topology, median_shape: Floats) -> Topology | None:
     """The patch one step smaller along the axis that covers most of the median image; None when no axis can give more."""
     patch = current.patch_size
     by_coverage = sorted(range(len(patch)), key=lambda axis: (patch[axis] / median_shape[axis], axis), reverse=True)
@@ -253,30 +298,30 @@ def fit_patch(spacing: Floats, median_shape: Floats, outputs: int, recipe: Recip
     def too_large(count: int) -> bool:
         return (count / REFERENCE_BATCH[dims] * MIN_BATCH if recipe.size_for_min_batch else count) > budget
 
-    layout = topology(spacing, initial_patch(spacing, median_shape))
+    start = initial_patch(spacing, median_shape)
+    layout = topology(spacing, start)
     count = elements(layout)
     tried = {layout.patch_size}
     while too_large(count):
-        smaller = _smaller(spacing, layout, median_shape)
-        if smaller is None or smaller.patch_size in tried:  # padding brings the smallest patches back to where they came from
-            return FittedPatch(layout, count, fits=False)
-        layout, count = smaller, elements(smaller)
+        less = smaller(spacing, layout, median_shape)
+        if less is None or less.patch_size in tried:  # padding brings the smallest patches back to where they came from
+            return FittedPatch(layout, count, fits=False, start=start, steps=len(tried) - 1)
+        layout, count = less, elements(less)
         tried.add(layout.patch_size)
-    return FittedPatch(layout, count)
+    return FittedPatch(layout, count, start=start, steps=len(tried) - 1)
 
 
-def batch_size(fitted: FittedPatch, dataset_voxels: float, recipe: Recipe, memory_gb: float) -> int:
+def batch_limits(fitted: FittedPatch, dataset_voxels: float, recipe: Recipe, memory_gb: float) -> BatchLimits:
     """Patches per batch: what the memory target holds, no more than the allowed share of the data set, at least 2."""
     dims = len(fitted.topology.patch_size)
     in_memory = round(recipe.budget(dims, memory_gb) / fitted.elements * REFERENCE_BATCH[dims])
-    in_share = round(dataset_voxels * recipe.batch_share / fitted.voxels)
-    return max(min(in_memory, in_share), MIN_BATCH)
+    return BatchLimits(in_memory, round(dataset_voxels * recipe.batch_share / fitted.voxels))
 
 
 def low_res(
     spacing: Floats, median_shape: Floats, full_res: FittedPatch, outputs: int, recipe: Recipe, memory_gb: float
 ) -> LowRes | None:
-    """The coarser spacing at which a patch sees a quarter of the image; None where full resolution nearly does so already."""
+    """The coarser spacing at which a patch sees a quarter of the image; None where full resolution does so already."""
     full_spacing, full_shape = np.asarray(spacing, np.float64), np.asarray(median_shape, np.float64)
     full_voxels = math.prod(median_shape)
     if full_res.voxels / full_voxels >= LOW_RES_COVERAGE:
@@ -292,9 +337,7 @@ def low_res(
         if most / voxels < LOW_RES_COVERAGE:
             continue  # whatever patch fits here, it is too small: saves most of the search
         fitted = fit_patch(tuple(coarse.tolist()), tuple(shape.tolist()), outputs, recipe, memory_gb)
-    if full_voxels / voxels < LOW_RES_MIN_GAIN:
-        return None
-    return LowRes(tuple(coarse.tolist()), tuple(shape.tolist()), voxels, fitted)
+    return LowRes(tuple(coarse.tolist()), tuple(shape.tolist()), voxels, fitted, full_voxels / voxels)
 
 
 def normalization_for(channel: str) -> str:

@@ -6,6 +6,7 @@ Transforms, probabilities and ranges are those of nnU-Net v2's default trainer, 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import affine_grid, grid_sample, interpolate, pad
 
+from autoseg.arrays.cascade import OPERATIONS, Operation, morph_label, one_hot, remove_component
 from autoseg.types.plan import Configuration, Ints
 
 P_ROTATION, P_SCALING, SCALING = 0.2, 0.2, (0.7, 1.4)
@@ -27,6 +29,8 @@ P_CONTRAST, CONTRAST = 0.15, (0.75, 1.25)
 P_LOW_RESOLUTION, LOW_RESOLUTION, P_LOW_RESOLUTION_CHANNEL = 0.25, (0.5, 1.0), 0.5
 P_GAMMA_INVERTED, P_GAMMA, GAMMA = 0.1, 0.3, (0.7, 1.5)
 P_MIRROR = 0.5
+P_MORPH, P_MORPH_LABEL, MORPH_RADIUS = 0.4, 0.5, (1.0, 8.0)
+P_REMOVAL, P_REMOVAL_LABEL, LARGEST_REMOVED = 0.2, 0.5, 0.15
 LABELS_AT_ONCE = 8  # labels resampled together: bounds the memory of label maps with many structures
 
 StepName = Literal["noise", "blur", "brightness", "contrast", "low_resolution", "gamma_inverted", "gamma"]
@@ -42,29 +46,55 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Morph:
+    """One label of the previous stage's segmentation is dilated, eroded, opened or closed by a ball, radius in voxels."""
+
+    label: int
+    operation: Operation
+    radius: float
+
+
+@dataclass(frozen=True)
+class Removal:
+    """A component of one label of the previous stage's segmentation is removed; `choice` in [0, 1) says which."""
+
+    label: int
+    choice: float
+
+
+@dataclass(frozen=True)
 class AugmentParams:
     """Everything drawn for one sample.
 
-    `matrix` maps an offset from the patch centre to an offset in the stored case, z, y, x (None: the identity).
+    `matrix` maps an offset from the patch centre to an offset in the stored case, z, y, x (None: the identity). `morphs` and
+    `removals` alter the previous stage's segmentation, in their order.
     """
 
     matrix: NDArray[np.float64] | None = None
     steps: tuple[Step, ...] = ()
     mirror: tuple[int, ...] = ()
+    morphs: tuple[Morph, ...] = ()
+    removals: tuple[Removal, ...] = ()
 
 
 @dataclass(frozen=True)
 class DefaultAugmentation:
-    """nnU-Net's default augmentation for one configuration; patch axes are always three (2D: the first is 1)."""
+    """nnU-Net's default augmentation for one configuration; patch axes are always three (2D: the first is 1).
+
+    `channels` are those of the image; with `previous_labels` K > 0 the previous stage's segmentation follows as K more.
+    """
 
     patch: tuple[int, int, int]
     channels: int
     in_plane: bool
     rotation: float
     mirror_axes: Ints
+    previous_labels: int = 0
 
     @classmethod
-    def from_configuration(cls, configuration: Configuration, channels: int, mirror: Ints | None) -> DefaultAugmentation:
+    def from_configuration(
+        cls, configuration: Configuration, channels: int, mirror: Ints | None, previous_labels: int = 0
+    ) -> DefaultAugmentation:
         """`mirror` lists patch axes of the configuration that may be flipped; None means all."""
         size = configuration.patch_size
         patch = (1, *size) if configuration.dims == 2 else size
@@ -75,16 +105,33 @@ class DefaultAugmentation:
             rotation = ROTATION_2D_ELONGATED if max(size) / min(size) > ELONGATED else ROTATION_2D
         else:
             rotation = ROTATION_2D if dummy_2d else ROTATION_3D
+        in_plane = configuration.dims == 2 or dummy_2d
         return cls(
-            (patch[0], patch[1], patch[2]), channels, configuration.dims == 2 or dummy_2d, rotation, tuple(a + lead for a in axes)
+            (patch[0], patch[1], patch[2]), channels, in_plane, rotation, tuple(a + lead for a in axes), previous_labels
         )
 
     def make_params(self, rng: np.random.Generator) -> AugmentParams:
-        """Draw the parameters of one sample."""
+        """Draw the parameters of one sample; those of the previous stage's segmentation come last, if there is one."""
         matrix = self._matrix(rng)
         steps = self._steps(rng)
         mirror = tuple(axis for axis in self.mirror_axes if rng.random() < P_MIRROR)
-        return AugmentParams(matrix, steps, mirror)
+        if not self.previous_labels:
+            return AugmentParams(matrix, steps, mirror)
+        return AugmentParams(matrix, steps, mirror, self._morphs(rng), self._removals(rng))
+
+    def _morphs(self, rng: np.random.Generator) -> tuple[Morph, ...]:
+        labels = self._some_labels(rng, P_MORPH, P_MORPH_LABEL)
+        return tuple(Morph(label, OPERATIONS[int(rng.integers(len(OPERATIONS)))], rng.uniform(*MORPH_RADIUS)) for label in labels)
+
+    def _removals(self, rng: np.random.Generator) -> tuple[Removal, ...]:
+        return tuple(Removal(label, rng.random()) for label in self._some_labels(rng, P_REMOVAL, P_REMOVAL_LABEL))
+
+    def _some_labels(self, rng: np.random.Generator, probability: float, share: float) -> list[int]:
+        """With `probability` each label by chance `share`, in random order; else none."""
+        if rng.random() >= probability:
+            return []
+        order = rng.permutation(self.previous_labels) + 1
+        return [int(label) for label in order if rng.random() < share]
 
     def _matrix(self, rng: np.random.Generator) -> NDArray[np.float64] | None:
         rotate, scale = rng.random() < P_ROTATION, rng.random() < P_SCALING
@@ -138,6 +185,7 @@ class DefaultAugmentation:
         offset: NDArray[np.float64],
         params: AugmentParams,
         masked: tuple[bool, ...],
+        previous: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Apply drawn parameters to one crop.
 
@@ -147,12 +195,17 @@ class DefaultAugmentation:
             offset: where the patch centre lies in the crop, z, y, x, in voxels.
             params: what was drawn.
             masked: per channel, whether voxels outside the nonzero mask must be 0.
+            previous: (z, y, x) int16 crop of the previous stage's segmentation; needed with `previous_labels` and only then.
 
         Returns:
-            image (channel, *patch) float32 and label (*patch) int64 with -1 turned into background.
+            image (channel + previous_labels, *patch) float32 and label (*patch) int64 with -1 turned into background.
         """
+        if (previous is not None) != (self.previous_labels > 0):
+            raise ValueError("the previous stage's segmentation must be given exactly when the network takes it as input")
         if params.matrix is not None:
-            image, label = _resample(image, label, offset, params.matrix, self.patch)
+            sample = _sampler((label.shape[0], label.shape[1], label.shape[2]), offset, params.matrix, self.patch, image.device)
+            image, label = sample(image.float()), _sample_label(label, sample, self.patch)
+            previous = None if previous is None else _sample_label(previous, sample, self.patch)
         if image.dtype != torch.float32:
             image = image.float()
         elif params.matrix is None and params.steps:
@@ -167,7 +220,18 @@ class DefaultAugmentation:
             outside = label < 0
             channels = torch.tensor(masked, device=image.device).view(-1, 1, 1, 1)
             image = torch.where(channels & outside, torch.zeros((), device=image.device), image)
+        if previous is not None:
+            image = torch.cat([image, self._previous_channels(previous, params)])
         return image, label.clamp_min(0).long()
+
+    def _previous_channels(self, previous: torch.Tensor, params: AugmentParams) -> torch.Tensor:
+        """The previous stage's segmentation on the patch, mirrored, altered, and as one channel per label."""
+        previous = torch.flip(previous, list(params.mirror)) if params.mirror else previous
+        for morph in params.morphs:
+            previous = morph_label(previous, morph.label, morph.operation, morph.radius)
+        for removal in params.removals:
+            previous = remove_component(previous, removal.label, removal.choice, LARGEST_REMOVED)
+        return one_hot(previous, self.previous_labels)
 
 
 def source_box(start: Ints, patch: Ints, matrix: NDArray[np.float64] | None) -> tuple[Ints, Ints]:
@@ -195,21 +259,24 @@ def _around_one(rng: np.random.Generator, low: float, high: float) -> float:
     return float(rng.uniform(low, 1.0) if rng.random() < 0.5 else rng.uniform(1.0, high))
 
 
-def _resample(
-    image: torch.Tensor,
-    label: torch.Tensor,
+Sample = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _sampler(
+    shape: tuple[int, int, int],
     centre: NDArray[np.float64],
     matrix: NDArray[np.float64],
     patch: tuple[int, int, int],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One affine resampling: linear for the image, linear per label with the largest taken for the label map."""
-    size = np.asarray(label.shape, float)
+    device: torch.device,
+) -> Sample:
+    """One affine resampling, linear: turns float crops (channel, *shape) into patches (channel, *patch)."""
+    size = np.asarray(shape, float)
     out = np.asarray(patch, float)
     step = np.divide(2.0, size - 1, out=np.zeros(3), where=size > 1)
     theta = np.concatenate([np.diag(step) @ matrix @ np.diag((out - 1) / 2), (step * centre - (size > 1))[:, None]], axis=1)
-    flat = bool(matrix[0, 0] == 1.0 and not matrix[0, 1:].any() and not matrix[1:, 0].any()) and label.shape[0] == patch[0]
+    flat = bool(matrix[0, 0] == 1.0 and not matrix[0, 1:].any() and not matrix[1:, 0].any()) and shape[0] == patch[0]
     axes = [2, 1] if flat else [2, 1, 0]
-    affine = torch.tensor(theta[axes][:, [*axes, 3]], dtype=torch.float32, device=image.device)[None]
+    affine = torch.tensor(theta[axes][:, [*axes, 3]], dtype=torch.float32, device=device)[None]
     size_out = [1, 1, *patch[1:]] if flat else [1, 1, *patch]
     grid = affine_grid(affine, size_out, align_corners=True)
 
@@ -219,16 +286,21 @@ def _resample(
         sampled = grid_sample(source, grid, mode="bilinear", padding_mode="border", align_corners=True)
         return sampled.reshape(lead, *patch)
 
+    return sample
+
+
+def _sample_label(label: torch.Tensor, sample: Sample, patch: tuple[int, int, int]) -> torch.Tensor:
+    """A label map (values from -1) resampled: each label's indicator linearly, and the largest takes the voxel."""
     present = torch.bincount((label.flatten() + 1).int()).nonzero().flatten() - 1
     if len(present) == 1:
-        return sample(image.float()), torch.full(patch, int(present[0]), dtype=label.dtype, device=label.device)
+        return torch.full(patch, int(present[0]), dtype=label.dtype, device=label.device)
     best = torch.full(patch, -1.0, device=label.device)
     winner = torch.zeros(patch, dtype=torch.long, device=label.device)
     for group in torch.split(present, LABELS_AT_ONCE):
         score, index = sample((label[None] == group.view(-1, 1, 1, 1)).float()).max(0)
         winner = torch.where(score > best, group[index], winner)
         best = torch.maximum(best, score)
-    return sample(image.float()), winner.to(label.dtype)
+    return winner.to(label.dtype)
 
 
 def _noise(x: torch.Tensor, values: tuple[float, ...], seed: int, in_plane: bool) -> torch.Tensor:

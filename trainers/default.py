@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from autoseg.contracts import Batch, Loss
 from autoseg.errors import PluginError, RunError
 from autoseg.networks.build import build
 from autoseg.networks.describe import describe
-from autoseg.networks.hardware import Resolved, autocast
+from autoseg.networks.hardware import Resolved, autocast, is_out_of_memory, peak_memory_bytes, reset_peak
 from autoseg.trainers.augment import DefaultAugmentation
 from autoseg.trainers.losses import Targets, head_count, make_loss
 from autoseg.trainers.sampling import TRAINING, VALIDATION, Loader, PatchSource, Sampler
@@ -29,7 +30,10 @@ from autoseg.types.run import EpochRecord, OptimizerSpec, TrainSpec
 
 @dataclass(frozen=True)
 class Job:
-    """Everything one fold's training needs; `validation` may be empty (then there is no pseudo Dice)."""
+    """Everything one fold's training needs; `validation` may be empty (then there is no pseudo Dice).
+
+    With `previous_labels` K > 0 the network also sees the previous stage's segmentation, as K one-hot channels.
+    """
 
     configuration: Configuration
     labels: Labels
@@ -41,6 +45,7 @@ class Job:
     device: torch.device
     precision: Resolved
     threads: int
+    previous_labels: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,10 +65,10 @@ class Training:
         _require("augmentation", spec.augment.kind, "default", spec.augment.options)
         _require("sampler", spec.sampler.kind, "reference", spec.sampler.options)
         self._factor = make_schedule(spec.schedule)
-        description = describe(configuration, job.channels, job.labels.output_count)
+        description = describe(configuration, job.channels + job.previous_labels, job.labels.output_count)
         self.network = build(description, seed=(spec.seed * 1000 + job.fold) % 2**63).to(job.device)
         self.heads = head_count(len(description.heads), spec.deep_supervision)
-        self.batch_size = spec.batch_size or configuration.batch_size
+        self.batch_size = self.micro_batch = spec.batch_size or configuration.batch_size
         self.loss: Loss = make_loss(spec.loss, job.labels, configuration.batch_dice)
         self.optimizer = make_optimizer(self.network, spec.optimizer)
         self.scaler = torch.amp.GradScaler(job.device.type, enabled=job.precision == "fp16")
@@ -83,13 +88,12 @@ class Training:
         Raises:
             RunError: the loss became NaN or infinite; the message names the step and its cases.
         """
-        spec = self.job.spec
         loader = self._loader(self.job.training)
-        validation_loader = self._loader(self.job.validation) if self.job.validation and spec.val_steps else None
-        batches = loader.batches(TRAINING, self.step, spec.total_steps)
+        validation_loader = self._loader(self.job.validation) if self.job.validation and self.job.spec.val_steps else None
+        batches = loader.batches(TRAINING, self.step, sys.maxsize)
         try:
-            while self.epoch < spec.epochs:
-                while self.step_in_epoch < spec.steps_per_epoch:
+            while self.epoch < self.job.spec.epochs:
+                while self.step_in_epoch < self.job.spec.steps_per_epoch:
                     begin = time.perf_counter()
                     batch = next(batches)
                     waited = time.perf_counter() - begin
@@ -105,28 +109,71 @@ class Training:
             if validation_loader:
                 validation_loader.close()
 
+    def set_length(self, epochs: int) -> None:
+        """Make the run shorter or longer: from the next step on the schedule is that of a run of `epochs` epochs."""
+        self.job = dataclasses.replace(self.job, spec=self.job.spec.model_copy(update={"epochs": epochs}))
+
     def train_step(self, batch: Batch) -> float:
-        """One optimiser step; returns the loss."""
-        job, fraction = self.job, self.step / self.job.spec.total_steps
+        """One optimiser step; returns the loss. Out of memory splits the batch into micro-batches, with the same result."""
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate(self.step)
         self.network.train()
-        self.optimizer.zero_grad(set_to_none=True)
-        with autocast(job.device, job.precision):
-            outputs = self.network(batch.image, self.heads)
-        loss = self.loss(outputs, batch, fraction)
+        value = self._gradients_that_fit(batch)
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.network.parameters(), self.job.spec.gradient_clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return value
+
+    def _gradients_that_fit(self, batch: Batch) -> float:
+        """Gradients of the batch, in halves of halves until they fit into memory."""
+        while True:
+            self.optimizer.zero_grad(set_to_none=True)
+            try:
+                return self._gradients(batch)
+            except RuntimeError as error:
+                if self.micro_batch == 1 or not is_out_of_memory(error):
+                    raise
+            self.micro_batch = (self.micro_batch + 1) // 2  # outside the handler, whose traceback holds the tensors
+            if self.job.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _gradients(self, batch: Batch) -> float:
+        """Leave the gradients of the loss in the parameters and return the loss.
+
+        With micro-batches the loss is still that of the whole batch, so that Dice over the batch and the means over annotated
+        voxels stay what they are: all outputs first, without a graph; the gradient of the loss with respect to them; then each
+        micro-batch once more, with a graph, from that gradient back. No layer mixes samples, so the sum is the whole gradient.
+        """
+        parts = torch.split(batch.image, self.micro_batch)
+        if len(parts) == 1:
+            loss = self._loss(self._outputs(batch.image), batch)
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            return float(loss.detach())
+        with torch.no_grad():
+            columns = zip(*(self._outputs(part) for part in parts), strict=True)
+            outputs = [torch.cat(column).requires_grad_() for column in columns]
+        loss = self._loss(outputs, batch)
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        slopes = zip(*(torch.split(output.grad, self.micro_batch) for output in outputs if output.grad is not None), strict=True)
+        for part, slope in zip(parts, slopes, strict=True):
+            torch.autograd.backward(self._outputs(part), slope)
+        return float(loss.detach())
+
+    def _outputs(self, image: torch.Tensor) -> list[torch.Tensor]:
+        with autocast(self.job.device, self.job.precision):
+            outputs: list[torch.Tensor] = self.network(image, self.heads)
+        return outputs
+
+    def _loss(self, outputs: list[torch.Tensor], batch: Batch) -> torch.Tensor:
+        loss = self.loss(outputs, batch, self.step / self.job.spec.total_steps)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise RunError(
                 f"the loss became {value} at step {self.step} on cases {', '.join(batch.cases)}; the last checkpoint is intact. "
                 "Look at these cases with autoseg check, or lower --set optimizer.lr"
             )
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.network.parameters(), job.spec.gradient_clip)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        return value
+        return loss
 
     def state(self) -> State:
         """All that going on exactly here needs (shares memory with the training: save it before the next step).
@@ -146,6 +193,7 @@ class Training:
             "losses": list(self._losses),
             "waited": self._waited,
             "seconds": self._seconds,
+            "micro_batch": self.micro_batch,
             "scale": float(self.scaler.get_scale()),
             "scale_age": int(self.scaler.state_dict().get("_growth_tracker", 0)),
         }
@@ -172,13 +220,22 @@ class Training:
                 self.optimizer.state[parameter] = {
                     key: value.to("cpu" if value.ndim == 0 else parameter.device, copy=True) for key, value in slots[name].items()
                 }
-        numbers = state.numbers
+        numbers = {"step_in_epoch": 0, "losses": [], "waited": 0.0, "seconds": 0.0, **state.numbers}
         self.epoch, self.step_in_epoch = int(numbers["epoch"]), int(numbers["step_in_epoch"])  # type: ignore[arg-type]
         self._losses = list(numbers["losses"])  # type: ignore[arg-type]
         self._waited, self._seconds = float(numbers["waited"]), float(numbers["seconds"])  # type: ignore[arg-type]
-        if self.scaler.is_enabled():
+        self.micro_batch = int(numbers.get("micro_batch", self.batch_size))  # type: ignore[arg-type]
+        if self.scaler.is_enabled() and "scale" in numbers:
             saved = {"scale": float(numbers["scale"]), "_growth_tracker": int(numbers["scale_age"])}  # type: ignore[arg-type]
             self.scaler.load_state_dict({**self.scaler.state_dict(), **saved})
+
+    def start_from(self, weights: dict[str, torch.Tensor], epochs: int) -> None:
+        """Go on from weights trained for `epochs` epochs, in a longer run; the optimiser's momentum starts at zero.
+
+        Raises:
+            RunError: the weights do not fit the network.
+        """
+        self.restore(State({f"network.{name}": value for name, value in weights.items()}, {"epoch": epochs}))
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The network's parameters by name.
@@ -200,7 +257,8 @@ class Training:
 
     def _loader(self, cases: Sequence[PatchSource]) -> Loader:
         job, configuration = self.job, self.job.configuration
-        augmentation = DefaultAugmentation.from_configuration(configuration, job.channels, job.spec.augment.mirror)
+        axes = job.spec.mirror_axes(configuration)
+        augmentation = DefaultAugmentation.from_configuration(configuration, job.channels, axes, job.previous_labels)
         sampler = Sampler(
             cases, augmentation.patch, self.batch_size, job.spec.sampler.foreground, augmentation, job.spec.seed, job.fold
         )
@@ -232,8 +290,8 @@ class Training:
         counts = torch.zeros(3, len(job.labels.targets), dtype=torch.float64)
         loss = 0.0
         for batch in loader.batches(VALIDATION, self.epoch * steps, (self.epoch + 1) * steps):
-            with autocast(job.device, job.precision):
-                outputs = self.network(batch.image, self.heads)
+            columns = zip(*(self._outputs(part) for part in torch.split(batch.image, self.micro_batch)), strict=True)
+            outputs = [torch.cat(column) for column in columns]
             loss += float(self.loss(outputs, batch, self.step / job.spec.total_steps)) / steps
             counts += _overlap(outputs[0], batch.label, self.targets)
         both, predicted, true = counts.tolist()
@@ -286,16 +344,34 @@ def _require(family: str, kind: str, known: str, options: Mapping[str, object]) 
         raise PluginError(f"{family} {kind!r} takes no options, found {', '.join(options)}")
 
 
-def seconds_per_step(job: Job, steps: int = 3) -> float:
-    """Seconds of a training step of this job, reading and augmentation included, on a network that is thrown away."""
-    training = Training(dataclasses.replace(job, threads=0))
+@dataclass(frozen=True)
+class Measured:
+    """A training step as measured: seconds, reading and augmentation included, the peak of a GPU's memory, the micro-batch."""
+
+    seconds: float
+    peak_bytes: int | None
+    micro_batch: int
+
+
+def measure_step(job: Job, seconds: float = 0.0, steps: int = 3) -> Measured:
+    """Run at least `steps` steps of this job, for at least `seconds`, on a network that is thrown away."""
+    training = Training(job)
     loader = training._loader(job.training)
-    times = []
-    begin = time.perf_counter()
-    for batch in loader.batches(TRAINING, 0, steps + 1):
-        training.train_step(batch)
-        if job.device.type == "cuda":
-            torch.cuda.synchronize(job.device)
-        times.append(time.perf_counter() - begin)
-        begin = time.perf_counter()
-    return statistics.median(times[1:])  # the first one warms up
+    times: list[float] = []
+    reset_peak(job.device)
+    begin = start = time.perf_counter()
+    batches = loader.batches(TRAINING, 0, sys.maxsize)
+    try:
+        for batch in batches:
+            training.train_step(batch)
+            if job.device.type == "cuda":
+                torch.cuda.synchronize(job.device)
+            now = time.perf_counter()
+            times.append(now - begin)
+            begin = now
+            if len(times) > steps and now - start >= seconds:
+                break
+    finally:
+        batches.close()  # type: ignore[attr-defined]
+        loader.close()
+    return Measured(statistics.mean(times[1:]), peak_memory_bytes(job.device), training.micro_batch)  # the first one warms up

@@ -45,6 +45,10 @@ class PatchSource(Protocol):
         """(z, y, x) of a box inside the case."""
         ...
 
+    def read_previous(self, box: tuple[slice, slice, slice], /) -> NDArray[np.int16]:
+        """(z, y, x) of a box inside the previous stage's segmentation; only asked for where the network takes it as input."""
+        ...
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -96,20 +100,25 @@ class Sampler:
 
 @dataclass(frozen=True)
 class Crop:
-    """What was read for one recipe: arrays that cover its patch, and where the patch centre lies in them."""
+    """What was read for one recipe: arrays that cover its patch, and where the patch centre lies in them.
+
+    `previous_zyx` is the previous stage's segmentation, where the network takes it as input.
+    """
 
     image_czyx: NDArray[np.float32]
     label_zyx: NDArray[np.int16]
     centre: NDArray[np.float64]
     recipe: Recipe
+    previous_zyx: NDArray[np.int16] | None = None
 
 
-def read_crop(case: PatchSource, patch: Ints, recipe: Recipe) -> Crop:
-    """Read the box a recipe needs; outside the case the image is 0 and the label -1."""
+def read_crop(case: PatchSource, patch: Ints, recipe: Recipe, with_previous: bool = False) -> Crop:
+    """Read the box a recipe needs; outside the case the image and the previous segmentation are 0 and the label -1."""
     low, high = source_box(recipe.start, patch, recipe.params.matrix)
     inner = tuple(slice(min(max(a, 0), s), min(max(b, 0), s)) for a, b, s in zip(low, high, case.shape, strict=True))
     box = (inner[0], inner[1], inner[2])
     image, label = case.read_image(box), case.read_label(box)
+    previous = case.read_previous(box) if with_previous else None
     padding = [
         (s.start - a if s.stop > s.start else b - a, b - s.stop if s.stop > s.start else 0)
         for s, a, b in zip(box, low, high, strict=True)
@@ -117,8 +126,9 @@ def read_crop(case: PatchSource, patch: Ints, recipe: Recipe) -> Crop:
     if any(p != (0, 0) for p in padding):
         image = np.pad(image, [(0, 0), *padding])
         label = np.pad(label, padding, constant_values=-1)
+        previous = None if previous is None else np.pad(previous, padding)
     centre = np.asarray(recipe.start) + (np.asarray(patch) - 1) / 2 - np.asarray(low)
-    return Crop(image, label, centre, recipe)
+    return Crop(image, label, centre, recipe, previous)
 
 
 class Loader:
@@ -159,14 +169,16 @@ class Loader:
     def _read(self, stream: int, batch: int) -> list[Crop]:
         size = self.sampler.batch_size
         recipes = [self.sampler.recipe(stream, index) for index in range(batch * size, (batch + 1) * size)]
-        return [read_crop(self.sampler.cases[recipe.case], self.sampler.patch, recipe) for recipe in recipes]
+        with_previous = self.sampler.augmentation.previous_labels > 0
+        return [read_crop(self.sampler.cases[recipe.case], self.sampler.patch, recipe, with_previous) for recipe in recipes]
 
     def _assemble(self, crops: list[Crop]) -> Batch:
         move: Callable[[NDArray[np.generic]], torch.Tensor] = lambda a: torch.from_numpy(a).to(self.device, non_blocking=True)  # noqa: E731
         images, labels = [], []
         for crop in crops:
+            previous = None if crop.previous_zyx is None else move(crop.previous_zyx)
             image, label = self.sampler.augmentation.apply(
-                move(crop.image_czyx), move(crop.label_zyx), crop.centre, crop.recipe.params, self.masked
+                move(crop.image_czyx), move(crop.label_zyx), crop.centre, crop.recipe.params, self.masked, previous
             )
             images.append(image)
             labels.append(label)

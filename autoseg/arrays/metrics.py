@@ -1,30 +1,28 @@
-"""How well two label maps agree: overlap from one confusion pass, surface distances on surface elements.
+"""How well two label maps agree: overlap from one confusion pass, surface distances, lesions.
 
-Undefined values are None: which they are stands in `autoseg.types.report.DEFINITIONS`. Surface elements follow Nikolov et al.
-2018 (arXiv 1809.04430): a point lies at every corner between voxels whose 2x2x2 neighbourhood is mixed, and weighs as much as
-the area of the marching cubes triangles in that neighbourhood at true spacing. Distances run between these points.
+Undefined values are None: which they are stands in `autoseg.types.report.DEFINITIONS`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from autoseg.types.report import Value, Values
+from autoseg.arrays.components import bounding_box
+from autoseg.arrays.lesions import find_lesions, lesion_counts, lesion_metrics
+from autoseg.arrays.surfaces import distances_between, surface_metrics, surfaces_of
+from autoseg.types.report import LesionCount, Value, Values
 
 Ints = NDArray[np.integer]
-Floats = NDArray[np.float64]
 Box = tuple[slice, ...]
 Target = tuple[str, tuple[int, ...]]
 """A label or region: its name and the values of its voxels."""
 
 CHUNK = 1 << 20  # voxels counted at a time, which bounds the memory of the confusion pass
-ROUNDING = 1e-6  # relative; distances are float32, so that a distance of exactly the tolerance counts as within it
-PERCENTILE = 95.0
+MM3_PER_ML, MM2_PER_CM2 = 1000.0, 100.0
 
 
 @dataclass(frozen=True)
@@ -35,19 +33,6 @@ class Counts:
     fp: int
     fn: int
     tn: int
-
-
-@dataclass(frozen=True)
-class SurfaceDistances:
-    """Distances in mm from each surface element to the other surface, rising, with the elements' sizes in the same order.
-
-    Sizes are areas in mm2, in 2D lengths in mm. Where one mask is empty its arrays are empty and the other's distances infinite.
-    """
-
-    reference_mm: Floats
-    reference_size: Floats
-    prediction_mm: Floats
-    prediction_size: Floats
 
 
 def label_values(label_zyx: Ints) -> tuple[int, ...]:
@@ -128,111 +113,19 @@ def _ratio(part: int, whole: int) -> Value:
     return part / whole if whole else None
 
 
-def overlap_metrics(counts: Counts) -> Values:
-    """Dice, IoU, sensitivity, specificity, precision, relative volume error and voxel counts; None where undefined."""
+def overlap_metrics(counts: Counts, voxel_ml: float | None = None) -> Values:
+    """Dice, IoU, sensitivity, specificity, precision, volume errors and voxel counts; None where undefined.
+
+    voxel_ml: volume of a voxel in ml; None where voxels have none (a single slice), which leaves the error in ml undefined.
+    """
     tp, fp, fn, tn = counts.tp, counts.fp, counts.fn, counts.tn
     return {
         "dice": _ratio(2 * tp, 2 * tp + fp + fn), "iou": _ratio(tp, tp + fp + fn), "sensitivity": _ratio(tp, tp + fn),
         "specificity": _ratio(tn, tn + fp), "precision": _ratio(tp, tp + fp), "volume_error": _ratio(fp - fn, tp + fn),
+        "volume_error_abs": _ratio(abs(fp - fn), tp + fn),
+        "volume_error_ml": None if voxel_ml is None or not tp + fp + fn else (fp - fn) * voxel_ml,
         "n_reference": tp + fn, "n_prediction": tp + fp,
     }
-
-
-@lru_cache(maxsize=1)
-def _surface_triangles() -> tuple[Floats, NDArray[np.intp]]:
-    """Area vectors (n, 3) of all triangles of the 256 neighbourhoods at unit spacing, and the neighbourhood each belongs to.
-
-    Bit 4 dz + 2 dy + dx of a code is the voxel at offset (dz, dy, dx). The surface of a mask and of its complement is the same.
-    """
-    from skimage.measure import marching_cubes
-
-    vectors, codes = [], []
-    for code in range(1, 255):
-        shape = code if code.bit_count() <= 4 else 255 - code
-        corners = np.array([(shape >> bit) & 1 for bit in range(8)], np.float32).reshape(2, 2, 2)
-        vertices, faces, _, _ = marching_cubes(corners, 0.5, method="lorensen")  # type: ignore[no-untyped-call]
-        triangles = np.asarray(vertices, np.float64)[faces]
-        vectors.append(np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0]) / 2)
-        codes.append(np.full(len(faces), code))
-    return np.concatenate(vectors), np.concatenate(codes)
-
-
-@lru_cache(maxsize=64)
-def element_sizes(spacing_mm: tuple[float, ...]) -> Floats:
-    """Surface area in mm2 of each of the 256 neighbourhood codes in 3D, or contour length in mm of each of the 16 in 2D."""
-    if len(spacing_mm) == 2:
-        y, x = spacing_mm
-        diagonal = float(np.hypot(y, x)) / 2
-        across = {0b0011: x, 0b1100: x, 0b0101: y, 0b1010: y, 0b0110: 2 * diagonal, 0b1001: 2 * diagonal, 0: 0.0, 0b1111: 0.0}
-        return np.array([across.get(code, diagonal) for code in range(16)])
-    vectors, codes = _surface_triangles()
-    z, y, x = spacing_mm
-    areas = np.linalg.norm(vectors * (y * x, z * x, z * y), axis=1)
-    return np.asarray(np.bincount(codes, weights=areas, minlength=256), np.float64)
-
-
-def _neighbourhoods(mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """Codes of the voxel corners of a mask, one more than voxels along each axis; outside counts as background."""
-    code = np.pad(mask, 1).astype(np.uint8)
-    for step, axis in enumerate(reversed(range(mask.ndim))):
-        before = (slice(None),) * axis
-        low, high = code[(*before, slice(None, -1))], code[(*before, slice(1, None))]
-        code = np.bitwise_or(low, np.left_shift(high, np.uint8(1 << step)))
-    return code
-
-
-def surface_distances(
-    reference: NDArray[np.bool_], prediction: NDArray[np.bool_], spacing_mm: Sequence[float],
-) -> SurfaceDistances:
-    """Distances between the surfaces of two masks, computed once, to be summarised as often as wanted.
-
-    reference, prediction: bool, of one shape (z, y, x) or (y, x), cropped or not; spacing_mm: one number per axis. A 3D mask of
-    a single slice is measured in-plane.
-    """
-    import edt
-
-    if reference.ndim == 3 and reference.shape[0] == 1:
-        return surface_distances(reference[0], prediction[0], spacing_mm[1:])
-    spacing = tuple(float(s) for s in spacing_mm)
-    sizes, full = element_sizes(spacing), (1 << (1 << reference.ndim)) - 1
-    codes = [_neighbourhoods(mask) for mask in (reference, prediction)]
-    surfaces = [(code != 0) & (code != full) for code in codes]
-    results: list[Floats] = []
-    for code, surface, other in zip(codes, surfaces, surfaces[::-1], strict=True):
-        if other.any():
-            distances = edt.edt(~other, anisotropy=spacing)[surface].astype(np.float64)
-        else:
-            distances = np.full(int(surface.sum()), np.inf)
-        order = np.argsort(distances, kind="stable")
-        results += [distances[order], sizes[code[surface]][order]]
-    return SurfaceDistances(*results)
-
-
-def _percentile(distances_mm: Floats, sizes: Floats, percent: float) -> float:
-    """The smallest distance within which at least `percent` of the surface lies."""
-    reached = np.cumsum(sizes)
-    place = int(np.searchsorted(reached, reached[-1] * percent / 100 * (1 - 1e-12)))
-    return float(distances_mm[min(place, len(distances_mm) - 1)])
-
-
-def hausdorff_mm(distances: SurfaceDistances, percent: float = PERCENTILE) -> float | None:
-    """The larger of the two directed percentiles of surface distance, in mm; None when a mask is empty."""
-    if not len(distances.reference_mm) or not len(distances.prediction_mm):
-        return None
-    return max(
-        _percentile(distances.reference_mm, distances.reference_size, percent),
-        _percentile(distances.prediction_mm, distances.prediction_size, percent),
-    )
-
-
-def surface_dice(distances: SurfaceDistances, tolerance_mm: float) -> float | None:
-    """Share of both surfaces that lies within `tolerance_mm` of the other; None when both masks are empty."""
-    whole = float(distances.reference_size.sum() + distances.prediction_size.sum())
-    if not whole:
-        return None
-    limit = tolerance_mm * (1 + ROUNDING)
-    within = distances.reference_size[distances.reference_mm <= limit].sum()
-    return float(within + distances.prediction_size[distances.prediction_mm <= limit].sum()) / whole
 
 
 def default_tolerance_mm(shape_zyx: Sequence[int], spacing_zyx_mm: Sequence[float]) -> float:
@@ -240,46 +133,94 @@ def default_tolerance_mm(shape_zyx: Sequence[int], spacing_zyx_mm: Sequence[floa
     return float(max(spacing_zyx_mm[1:]) if shape_zyx[0] == 1 else sorted(spacing_zyx_mm)[1])
 
 
-def _union(boxes: Sequence[Box | None]) -> Box | None:
-    """The box around all boxes that are there."""
-    there = [box for box in boxes if box is not None]
-    if not there:
-        return None
-    return tuple(slice(min(s.start for s in sides), max(s.stop for s in sides)) for sides in zip(*there, strict=True))
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of one case: values by target and metric, and lesion counts by target and size class."""
+
+    metrics: dict[str, Values]
+    lesions: dict[str, dict[str, LesionCount]]
+
+
+class _Maps:
+    """Two label maps as positions in the values that matter, and what is counted over the whole volume, once for all targets."""
+
+    def __init__(self, reference_zyx: Ints, prediction_zyx: Ints, targets: Sequence[Target], ignore: int | None) -> None:
+        if reference_zyx.shape != prediction_zyx.shape:
+            raise ValueError(
+                f"reference and prediction must have one shape, found {reference_zyx.shape} and {prediction_zyx.shape}")
+        self.targets = targets
+        self.values = sorted({value for _, members in targets for value in members})
+        place = {value: i + 1 for i, value in enumerate(self.values)}
+        self.members = {name: [place[v] for v in values] for name, values in targets}
+        self.known = [*self.values, *([ignore] if ignore is not None else [])]
+        self.reference, self.prediction = _indexed(reference_zyx, self.known), _indexed(prediction_zyx, self.values)
+        matrix = confusion_matrix(self.reference, self.prediction, len(self.known) + 1)
+        self.matrix = matrix[: len(self.values) + 1]  # without the row of the ignore label
+        if ignore is not None:
+            self.matrix = self.matrix[:, : len(self.values) + 1]
+            self.prediction[self.reference == len(self.known)] = 0
+
+    def table(self, names: Sequence[str]) -> NDArray[np.integer]:
+        """From positions to the numbers 1, 2, ... of the targets `names`, which must not overlap; 0 for all else."""
+        table: Ints = np.zeros(len(self.known) + 1, np.uint8 if len(names) < 256 else np.uint16)
+        for number, name in enumerate(names, start=1):
+            table[self.members[name]] = number
+        return table
+
+    def box(self) -> Box:
+        """The box around all targets in both maps; a single voxel where there is none."""
+        there = self.prediction > 0
+        there |= (self.reference > 0) & (self.reference <= len(self.values))
+        return bounding_box(there) or (slice(0, 1),) * 3
+
+    def layers(self) -> Iterator[list[str]]:
+        """The targets in as few groups as a greedy pass finds, none overlapping another of its group."""
+        groups: list[tuple[set[int], list[str]]] = []
+        for name, members in self.members.items():
+            group = next((g for g in groups if g[0].isdisjoint(members)), None)
+            if group is None:
+                group = (set(), [])
+                groups.append(group)
+            group[0].update(members)
+            group[1].append(name)
+        yield from (names for _, names in groups)
+
+
+def examine(
+    reference_zyx: Ints, prediction_zyx: Ints, spacing_zyx_mm: Sequence[float], targets: Sequence[Target], tolerance_mm: float,
+    ignore: int | None = None, surfaces: bool = True,
+) -> Measured:
+    """All metrics of all targets of one case; undefined values are None.
+
+    reference_zyx, prediction_zyx: integer label maps of one shape (z, y, x), z = 1 for 2D; `targets` and `ignore` speak in their
+    values. Voxels whose reference is `ignore` are left out. Without `surfaces` only overlap is measured, neither distances nor
+    lesions. Raises ValueError when the shapes differ.
+    """
+    maps = _Maps(reference_zyx, prediction_zyx, targets, ignore)
+    flat = reference_zyx.shape[0] == 1
+    size = float(np.prod(spacing_zyx_mm[1:])) / MM2_PER_CM2 if flat else float(np.prod(spacing_zyx_mm)) / MM3_PER_ML
+    volume = None if flat else size
+    metrics = {name: overlap_metrics(target_counts(maps.matrix, members), volume) for name, members in maps.members.items()}
+    lesions: dict[str, dict[str, LesionCount]] = {}
+    if not surfaces:
+        return Measured(metrics, lesions)
+    around, sides = maps.box(), tuple(spacing_zyx_mm[1:] if flat else spacing_zyx_mm)
+    for names in maps.layers():
+        table = maps.table(names)
+        pair = table[maps.reference[around]], table[maps.prediction[around]]
+        outlines = [surfaces_of(index[0] if flat else index, len(names)) for index in pair]
+        reference, prediction = find_lesions(*pair)
+        for number, name in enumerate(names, start=1):
+            distances = distances_between(outlines[0][number - 1], outlines[1][number - 1], sides)
+            mine = reference.of(number), prediction.of(number)
+            metrics[name] |= surface_metrics(distances, tolerance_mm) | lesion_metrics(*mine)
+            lesions[name] = lesion_counts(*mine, size, "cm2" if flat else "ml")
+    return Measured(metrics, lesions)
 
 
 def measure(
     reference_zyx: Ints, prediction_zyx: Ints, spacing_zyx_mm: Sequence[float], targets: Sequence[Target], tolerance_mm: float,
     ignore: int | None = None, surfaces: bool = True,
 ) -> dict[str, Values]:
-    """All metrics of all targets of one case, by target and metric; undefined values are None.
-
-    reference_zyx, prediction_zyx: integer label maps of one shape (z, y, x), z = 1 for 2D; `targets` and `ignore` speak in their
-    values. Voxels whose reference is `ignore` are left out. Without `surfaces` only overlap is measured.
-    Raises ValueError when the shapes differ.
-    """
-    from scipy.ndimage import find_objects
-
-    if reference_zyx.shape != prediction_zyx.shape:
-        raise ValueError(f"reference and prediction must have one shape, found {reference_zyx.shape} and {prediction_zyx.shape}")
-    values = sorted({value for _, members in targets for value in members})
-    place = {value: i + 1 for i, value in enumerate(values)}
-    known = [*values, *([ignore] if ignore is not None else [])]
-    reference, prediction = _indexed(reference_zyx, known), _indexed(prediction_zyx, values)
-    matrix = confusion_matrix(reference, prediction, len(known) + 1)[: len(values) + 1]
-    if ignore is not None:
-        prediction[reference == len(known)] = 0
-        matrix = matrix[:, : len(values) + 1]
-    counts = {name: target_counts(matrix, [place[v] for v in members]) for name, members in targets}
-    metrics = {name: overlap_metrics(count) for name, count in counts.items()}
-    if not surfaces:
-        return metrics
-    boxes = [find_objects(index, max_label=len(values)) for index in (reference, prediction)]
-    for name, members in targets:
-        inside = np.zeros(len(known) + 1, bool)
-        inside[[place[v] for v in members]] = True
-        box = _union([found[place[v] - 1] for found in boxes for v in members])
-        distances = None if box is None else surface_distances(inside[reference[box]], inside[prediction[box]], spacing_zyx_mm)
-        metrics[name]["hd95"] = None if distances is None else hausdorff_mm(distances)
-        metrics[name]["nsd"] = None if distances is None else surface_dice(distances, tolerance_mm)
-    return metrics
+    """The metrics of `examine` by target and name."""
+    return examine(reference_zyx, prediction_zyx, spacing_zyx_mm, targets, tolerance_mm, ignore, surfaces).metrics

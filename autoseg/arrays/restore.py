@@ -6,6 +6,7 @@ plane by plane, and decided at once: no float array of classes times volume exis
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
@@ -226,15 +227,19 @@ def _blocks(members: Sequence[_Source]) -> list[slice]:
 @torch.no_grad()
 def restore_ensemble(
     members: Sequence[tuple[Tensor, Placement]], region_values: Regions = None, with_probabilities: bool = False,
+    weights: Sequence[float] | None = None,
 ) -> tuple[NDArray[np.integer], NDArray[np.float32] | None]:
     """Return labels (inside indices, uint8 or int16, z y x) on the stored grid, and float32 (C, z, y, x) probabilities if asked.
 
     Each member is logits (C, *placement.shape), any float type and device, with its placement; all must come from one image
-    and plan (same crop), and their spacings may differ. Several members are averaged as probabilities after interpolation.
+    and plan (same crop), and their spacings may differ. Several members are averaged as probabilities after interpolation,
+    each counted by its positive number in `weights` (equal ones when None; they need not add up to 1).
     `region_values` None: softmax and the largest class; else sigmoid, and region i writes `region_values[i]` where it exceeds
-    0.5, later regions over earlier ones. Outside the crop background is certain. Raises ValueError when members do not fit.
+    0.5, later regions over earlier ones. Outside the crop background is certain.
+    Raises ValueError when members or weights do not fit.
     """
     placement = members[0][1]
+    shares = _shares(len(members), weights)
     if any(not _same_crop(placement, other) for _, other in members[1:]):
         raise ValueError("members of an ensemble must share one crop of one image")
     sources = [_Source(logits, own) for logits, own in members]
@@ -254,15 +259,23 @@ def restore_ensemble(
     for rows in _blocks(sources):
         blocks = [source.block(rows, region_values) for source in sources]
         for z in range(sources[0].size[0]):
-            plane, mean = _combined(blocks, z, region_values, with_probabilities)
+            plane, mean = _combined(blocks, shares, z, region_values, with_probabilities)
             inside[z, rows] = table[plane]
             if probable is not None and mean is not None:
                 probable[:, z, rows] = mean.permute(2, 0, 1).cpu().numpy()
     return labels, probabilities
 
 
+def _shares(count: int, weights: Sequence[float] | None) -> list[float]:
+    """One share per member; they add up to 1."""
+    given = [1.0] * count if weights is None else list(weights)
+    if len(given) != count or not all(0 < weight < math.inf for weight in given):
+        raise ValueError(f"expected one positive weight for each of {count} members, found {given}")
+    return [weight / sum(given) for weight in given]
+
+
 def _combined(
-    blocks: Sequence[_Block], z: int, regions: Regions, with_probabilities: bool,
+    blocks: Sequence[_Block], shares: Sequence[float], z: int, regions: Regions, with_probabilities: bool,
 ) -> tuple[NDArray[np.integer], Tensor | None]:
     """Return the decision for output plane z of some rows, and the mean probabilities (rows, columns, classes) if they exist."""
     if len(blocks) == 1 and not with_probabilities:
@@ -271,10 +284,9 @@ def _combined(
     if len(blocks) == 1:
         values = blocks[0].dense(z)
         return _decide_rows(values, regions, 0.0), _probabilities(values, regions)
-    mean = _probabilities(blocks[0].dense(z), regions)
-    for block in blocks[1:]:
-        mean = mean + _probabilities(block.dense(z), regions).to(mean.device)
-    mean = mean / len(blocks)
+    mean = shares[0] * _probabilities(blocks[0].dense(z), regions)
+    for block, share in zip(blocks[1:], shares[1:], strict=True):
+        mean = mean + share * _probabilities(block.dense(z), regions).to(mean.device)
     return _decide_rows(mean, regions, 0.5), mean
 
 

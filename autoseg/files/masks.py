@@ -23,11 +23,12 @@ SUMMARY = "summary.csv"
 class MaskFolder:
     """Masks of one model; a case is finished when its mask is there and the ledger says this model made it from this input.
 
-    A kill between the writes of a case leaves it unfinished, never wrongly finished.
+    A kill between the writes of a case leaves it unfinished, never wrongly finished. With `judgement`, a hash of what masks are
+    judged by, it is finished only when it was judged by that.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
-        self.path, self.identity = path, dict(identity)
+    def __init__(self, path: Path, identity: Mapping[str, Any], judgement: str = "") -> None:
+        self.path, self.identity, self.judgement = path, dict(identity), judgement
         self.model = digest(self.identity)
         self._lock = threading.Lock()
         self._ledger = _read_ledger(path / LEDGER)
@@ -41,8 +42,12 @@ class MaskFolder:
         """The probabilities' file."""
         return self.path / f"{case.case}_probabilities.nii.gz"
 
-    def is_finished(self, case: CaseFiles, probabilities: bool, replace: bool) -> bool:
-        """Whether this model's mask of this very input is there.
+    def uncertainty(self, case: CaseFiles) -> Path:
+        """The file of the uncertainty maps."""
+        return self.path / f"{case.case}_uncertainty.nii.gz"
+
+    def is_finished(self, case: CaseFiles, probabilities: bool, replace: bool, uncertainty: bool = False) -> bool:
+        """Whether this model's mask of this very input is there, with what else is wanted.
 
         Raises:
             RunError: the mask would overwrite an input, or, without `replace`, a file that this model did not make.
@@ -58,17 +63,20 @@ class MaskFolder:
                 return False
             maker = "another model or other options" if entry else "something else than this model"
             raise RunError(f"{mask} was made by {maker}; choose another --out, or give --overwrite to replace it")
-        if probabilities and not self.probabilities(case).exists():
+        if (probabilities and not self.probabilities(case).exists()) or (uncertainty and not self.uncertainty(case).exists()):
+            return False
+        if self.judgement and entry.get("judgement") != self.judgement:
             return False
         return bool(entry.get("input") == content_hash([Path(image) for image in case.images]))
 
     def begin(self, case: CaseFiles, row: Mapping[str, str]) -> None:
-        """Record a case just before its probabilities and, last, its mask are written; older ones are removed first."""
+        """Record a case just before its maps and, last, its mask are written; older ones are removed first."""
         with self._lock:
-            self.mask(case).unlink(missing_ok=True)
-            self.probabilities(case).unlink(missing_ok=True)
+            for path in (self.mask(case), self.probabilities(case), self.uncertainty(case)):
+                path.unlink(missing_ok=True)
+            entry = {"model": self.model, "input": content_hash([Path(i) for i in case.images])}
             self._ledger["models"][self.model] = self.identity
-            self._ledger["cases"][case.case] = {"model": self.model, "input": content_hash([Path(i) for i in case.images])}
+            self._ledger["cases"][case.case] = {**entry, **({"judgement": self.judgement} if self.judgement else {})}
             used = {entry["model"] for entry in self._ledger["cases"].values()}
             self._ledger["models"] = {key: value for key, value in self._ledger["models"].items() if key in used}
             write_text(self.path / LEDGER, json.dumps(self._ledger, indent=1) + "\n")

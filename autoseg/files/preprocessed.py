@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoseg.errors import RecordError
-from autoseg.files.workspace import load_record, save_record
+from autoseg.files.workspace import atomic_path, load_record, save_record
 from autoseg.types.case import Placement, Preprocessed
 from autoseg.types.geometry import Shape
 from autoseg.types.record import Record
@@ -33,6 +33,7 @@ _LEFTOVER_SECONDS = 3600.0
 
 Slices = tuple[slice, slice, slice]
 Sources = tuple[tuple[str, int, int], ...]
+_KEY = "autoseg-key"  # metadata of an array that is stored alone
 WHOLE: Slices = (slice(None), slice(None), slice(None))
 
 
@@ -106,7 +107,7 @@ def _layout(shape: Shape, patch_size: Sequence[int]) -> tuple[tuple[int, ...], t
     return chunk, block
 
 
-def _write_array(path: Path, array: NDArray[Any], chunk: tuple[int, ...], block: tuple[int, ...]) -> None:
+def _write_array(path: Path, array: NDArray[Any], chunk: tuple[int, ...], block: tuple[int, ...], key: str = "") -> None:
     import blosc2
 
     store: Any = blosc2.asarray  # its annotations leave numpy out
@@ -114,7 +115,8 @@ def _write_array(path: Path, array: NDArray[Any], chunk: tuple[int, ...], block:
     chunk = tuple(min(c, n) for c, n in zip((*lead, *chunk), array.shape, strict=True))
     cparams = {"codec": blosc2.Codec.LZ4, "clevel": 5, "filters": [blosc2.Filter.BITSHUFFLE], "nthreads": 1}
     whole = np.ascontiguousarray(array)
-    store(whole, urlpath=str(path), mode="w", chunks=chunk, blocks=(*lead, *block), cparams=cparams)
+    store(whole, urlpath=str(path), mode="w", chunks=chunk, blocks=(*lead, *block), cparams=cparams,
+          meta={_KEY: key} if key else None)
 
 
 def _stored_kind(image_czyx: NDArray[np.float32]) -> type[np.float16] | type[np.float32]:
@@ -179,14 +181,37 @@ def remove_case(folder: Path) -> None:
         shutil.rmtree(trash, ignore_errors=True)
 
 
+def write_previous(path: Path, label_zyx: NDArray[np.integer], key: str, patch_size: Sequence[int]) -> None:
+    """Write a segmentation (uint8 or int16) that a next stage takes as input, with the key it was made with, atomically."""
+    chunk, block = _layout((label_zyx.shape[0], label_zyx.shape[1], label_zyx.shape[2]), patch_size)
+    with atomic_path(path) as temporary:
+        _write_array(temporary, label_zyx, chunk, block, key)
+
+
+def previous_key(path: Path) -> str | None:
+    """Return the key that a stored segmentation was made with; None when there is none or it is damaged."""
+    import blosc2
+
+    opened: Any = blosc2.open
+    try:
+        array = opened(str(path), mmap_mode="r")  # it must outlive its metadata
+        key = array.schunk.meta[_KEY]
+    except (OSError, RuntimeError, ValueError, KeyError):
+        return None
+    return key if isinstance(key, str) else None
+
+
 def remove_leftovers(parent: Path) -> None:
-    """Remove temporary folders that a killed process left in `parent` more than an hour ago."""
+    """Remove temporary files and folders that a killed process left in `parent` more than an hour ago."""
     if not parent.is_dir():
         return
     for path in parent.glob(".*"):
         with contextlib.suppress(OSError):
-            if path.is_dir() and time.time() - path.stat().st_mtime > _LEFTOVER_SECONDS:
-                shutil.rmtree(path, ignore_errors=True)
+            if time.time() - path.stat().st_mtime > _LEFTOVER_SECONDS:
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
 
 
 def stored_record(folder: Path) -> CaseRecord | None:
@@ -210,39 +235,51 @@ def _damaged(folder: Path, problem: object) -> RecordError:
 class StoredCase:
     """A stored case; safe to read from many threads at once, as each read opens the array anew (0.1 ms)."""
 
-    def __init__(self, folder: Path, record: CaseRecord) -> None:
-        self.folder, self.record = folder, record
+    def __init__(self, folder: Path, record: CaseRecord, previous: Path | None = None) -> None:
+        self.folder, self.record, self.previous = folder, record, previous
         self.name = folder.name
-        self.key = record.key
+        self.key = record.key if previous is None else digest([record.key, previous_key(previous)])
         self.channels = record.channels
         self.placement = record.placement
         self.shape: Shape = record.placement.shape
         self.has_label = LABEL in record.files
 
-    def _read(self, name: str, slices: Slices) -> NDArray[Any]:
+    def _read(self, path: Path, slices: Slices, channels: tuple[int, ...] = ()) -> NDArray[Any]:
         import blosc2
 
         opened: Any = blosc2.open  # its annotations are wrong about mmap_mode
-        lead = (self.channels,) if name == IMAGE else ()
         size = tuple(len(range(*part.indices(n))) for part, n in zip(slices, self.shape, strict=True))
         if 0 in size:
-            return np.zeros((*lead, *size), np.int16)
+            return np.zeros((*channels, *size), np.int16)
         try:
-            array = opened(str(self.folder / name), mmap_mode="r", dparams={"nthreads": 1})
-            if array.shape != (*lead, *self.shape):
-                raise _damaged(self.folder, f"{name} has shape {array.shape}, expected {(*lead, *self.shape)}")
-            part: NDArray[Any] = array[(*(slice(None) for _ in lead), *slices)]
+            array = opened(str(path), mmap_mode="r", dparams={"nthreads": 1})
+            if array.shape != (*channels, *self.shape):
+                raise _damaged(self.folder, f"{path.name} has shape {array.shape}, expected {(*channels, *self.shape)}")
+            part: NDArray[Any] = array[(*(slice(None) for _ in channels), *slices)]
         except (OSError, RuntimeError, ValueError) as error:
-            raise _damaged(self.folder, f"{name} cannot be read ({error})") from None
+            raise _damaged(self.folder, f"{path.name} cannot be read ({error})") from None
         return part
 
     def read_image(self, slices: Slices = WHOLE) -> NDArray[np.float32]:
         """Return a part of all channels, float32 (C, z, y, x). Raises RecordError when the file is damaged or missing."""
-        return self._read(IMAGE, slices).astype(np.float32)
+        return self._read(self.folder / IMAGE, slices, (self.channels,)).astype(np.float32)
 
     def read_label(self, slices: Slices = WHOLE) -> NDArray[np.int16]:
         """Return a part of the label map, int16 (z, y, x). Raises RecordError when the file is damaged or missing."""
-        return self._read(LABEL, slices).astype(np.int16, copy=False)
+        return self._read(self.folder / LABEL, slices).astype(np.int16, copy=False)
+
+    def read_previous(self, slices: Slices = WHOLE) -> NDArray[np.int16]:
+        """Return a part of the previous stage's segmentation, int16 (z, y, x).
+
+        Raises RecordError when the case was opened without one, or its file is damaged or missing.
+        """
+        if self.previous is None:
+            raise RecordError(f"preprocessed case {self.name} was opened without a segmentation of the previous stage")
+        try:
+            return self._read(self.previous, slices).astype(np.int16, copy=False)
+        except RecordError:
+            raise RecordError(f"the previous stage's segmentation of case {self.name}, {self.previous}, is damaged or missing; "
+                              f"remove it and run autoseg train again") from None
 
     @property
     def locations(self) -> Locations:
@@ -286,8 +323,8 @@ class Locations(Mapping[int, NDArray[np.int32]]):
         return np.stack(np.unravel_index(places.astype(np.int64), shape), axis=1).astype(np.int32)
 
 
-def open_case(folder: Path) -> StoredCase:
-    """Open a stored case; arrays are read later, in parts.
+def open_case(folder: Path, previous: Path | None = None) -> StoredCase:
+    """Open a stored case, with the previous stage's segmentation of it where given; arrays are read later, in parts.
 
     Raises RecordError naming the case when it is missing, of another format or its files do not have the recorded sizes.
     """
@@ -301,7 +338,7 @@ def open_case(folder: Path) -> StoredCase:
         found = (folder / name).stat().st_size if (folder / name).is_file() else None
         if found != size:
             raise _damaged(folder, f"{name} {'is missing' if found is None else f'has {found} bytes'}, expected {size} bytes")
-    return StoredCase(folder, record)
+    return StoredCase(folder, record, previous)
 
 
 def digest(values: Any) -> str:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 KEPT_CHECKPOINTS = 2
+HEADER_BYTES = 100_000_000  # the largest header that safetensors itself accepts
 
 
 class RunFolder:
@@ -44,9 +45,17 @@ class RunFolder:
         return self.path / "validation"
 
     @property
-    def finished(self) -> bool:
-        """Whether training is finished."""
+    def usable(self) -> bool:
+        """Whether there are trained weights."""
         return self.weights_path.exists() and self.record_path.exists()
+
+    @property
+    def finished(self) -> bool:
+        """Whether training is finished: the weights are those of the recorded length, not of a shorter run that is made longer."""
+        if not self.usable:
+            return False
+        epochs = _metadata(self.weights_path).get("epochs")
+        return epochs is None or epochs == str(self.record().spec.epochs)
 
     def record(self) -> RunRecord:
         """Load run.json."""
@@ -71,10 +80,14 @@ class RunFolder:
         except ValidationError as error:
             raise RecordError(f"{path} is damaged: {str(error).splitlines()[0]}; mend or remove the line") from None
 
-    def save_weights(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Write weights.safetensors, which marks the run as finished, and drop the checkpoints."""
-        save_tensors(self.weights_path, tensors)
+    def save_weights(self, tensors: dict[str, torch.Tensor], epochs: int) -> None:
+        """Write weights.safetensors, which marks the run as finished after `epochs`, and drop the checkpoints."""
+        save_tensors(self.weights_path, tensors, {"epochs": str(epochs)})
         shutil.rmtree(self.path / "resume", ignore_errors=True)
+
+    def load_weights(self) -> dict[str, torch.Tensor]:
+        """Read weights.safetensors. Raises RunError when it is missing or damaged."""
+        return load_tensors(self.weights_path)
 
     def save_checkpoint(self, step: int, tensors: dict[str, torch.Tensor], numbers: dict[str, float | int | list[float]]) -> None:
         """Write one checkpoint under a temporary name, then rename it; older ones beyond the last two are removed."""
@@ -104,6 +117,10 @@ class RunFolder:
                 continue
         return None
 
+    def checkpoint_step(self) -> int:
+        """The step of the newest checkpoint; 0 when there is none."""
+        return max((int(path.name.removeprefix("step_")) for path in (self.path / "resume").glob("step_*")), default=0)
+
     def clear(self) -> None:
         """Remove everything, for a fresh start; a kill in the middle leaves either all of it or nothing that counts."""
         trash = self.path.with_name(f".{self.path.name}-removed")
@@ -118,12 +135,23 @@ class RunFolder:
             path.unlink(missing_ok=True)
 
 
-def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write tensors to a safetensors file, atomically."""
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors to a safetensors file, atomically; `metadata` goes into its header."""
     from safetensors.torch import save_file
 
     with atomic_path(path) as temporary:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """The metadata in a safetensors file's header, without reading its tensors; empty where there is none or it is damaged."""
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            found = json.loads(file.read(size)).get("__metadata__", {}) if size < HEADER_BYTES else {}
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -16,9 +16,10 @@ from pydantic import TypeAdapter, ValidationError
 from autoseg.errors import RecordError
 from autoseg.types.dataset import Dataset, Split
 from autoseg.types.fingerprint import Fingerprint
-from autoseg.types.plan import Plan
+from autoseg.types.plan import Configuration, Plan, plan_schema
 
 T = TypeVar("T")
+PLAN_SCHEMA = "plan.schema.json"
 
 
 @contextlib.contextmanager
@@ -162,3 +163,40 @@ class Workspace:
     def splits(self) -> list[Split]:
         """Load splits.json."""
         return load_record(self.splits_path, list[Split])
+
+    def save_plan(self, plan: Plan) -> None:
+        """Save plan.json, and beside it the JSON schema by which editors check it.
+
+        A configuration that the file has in part (it inherits the rest) stays written that way as long as it means the same.
+        """
+        data = {"$schema": PLAN_SCHEMA, **plan.model_dump(mode="json", exclude={"reasons"})}
+        entries: dict[str, Any] = data["configurations"]
+        written = self.written_configurations()
+        for name in set(written) & set(entries):
+            if _means(written[name], plan.configurations[name], plan):
+                entries[name] = written[name]
+        text = to_json(data).removesuffix("\n}")
+        lines = [f"  {json.dumps(path)}: {json.dumps(reason.model_dump(mode='json'))}" for path, reason in plan.reasons.items()]
+        inside = "\n" + ",\n".join(lines) + "\n " if lines else ""
+        write_text(self.root / PLAN_SCHEMA, to_json(plan_schema()) + "\n")
+        write_text(self.plan_path, f'{text},\n "reasons": {{{inside}}}\n}}\n')
+
+    def written_configurations(self) -> dict[str, Any]:
+        """The configurations of plan.json as they are written there; none where it is missing or damaged."""
+        try:
+            data = json.loads(self.plan_path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return {}
+        found = data.get("configurations") if isinstance(data, dict) else None
+        return found if isinstance(found, dict) else {}
+
+
+def _means(entry: Any, configuration: Configuration, plan: Plan) -> bool:
+    """Whether an entry that inherits, as a person wrote it, comes to this configuration of the plan."""
+    parent = plan.configurations.get(str(entry.get("inherits_from"))) if isinstance(entry, dict) else None
+    if parent is None:
+        return False
+    try:
+        return Configuration.model_validate({**parent.model_dump(), **entry}) == configuration
+    except ValidationError:
+        return False

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from autoseg.networks.describe import Description, Node
+from autoseg.networks.describe import Description, Node, Segment, segments
 
 SLOPE = 0.01  # of the leaky ReLU and of He initialisation (nnU-Net)
 
@@ -21,7 +23,7 @@ class ConvUnit(nn.Module):
         norm = nn.InstanceNorm3d if dims == 3 else nn.InstanceNorm2d
         padding = tuple((k - 1) // 2 for k in node.kernel)
         self.conv: nn.Module = conv(inputs, node.channels, node.kernel, node.stride, padding, bias=node.bias)
-        self.norm: nn.Module | None = norm(node.channels, eps=1e-5, affine=True) if node.norm else None
+        self.norm: Any = norm(node.channels, eps=1e-5, affine=True) if node.norm else None
         self.activation: nn.Module | None = nn.LeakyReLU(SLOPE, inplace=True) if node.activation else None
         self._across_slices = dims == 3 and node.kernel[0] > 1
 
@@ -33,13 +35,20 @@ class ConvUnit(nn.Module):
                 x = self.conv(x.float())
         else:
             x = self.conv(x)
-        if self.norm is not None:
-            x = self.norm(x)
-        return x if self.activation is None else self.activation(x)
+        if self.norm is None:
+            return x if self.activation is None else self.activation(x)
+        # instance norm as torch computes it (samples and channels together as the channels of one sample), but with the
+        # activation before the shape is brought back: in place on a view, its backward pass would copy the gradient three times
+        samples, shape = x.shape[0], x.shape
+        weight, bias = self.norm.weight.repeat(samples), self.norm.bias.repeat(samples)
+        x = nn.functional.batch_norm(
+            x.reshape(1, -1, *shape[2:]), None, None, weight, bias, training=True, momentum=0, eps=self.norm.eps
+        )
+        return (x if self.activation is None else self.activation(x)).view(shape)
 
 
 class Network(nn.Module):
-    """Runs a description node by node; values are dropped after their last use."""
+    """Runs a description segment by segment; values are dropped after their last use."""
 
     def __init__(self, description: Description) -> None:
         super().__init__()
@@ -64,40 +73,34 @@ class Network(nn.Module):
 
     def forward(self, x: torch.Tensor, head_count: int = 1) -> list[torch.Tensor]:
         """(batch, channel, *patch) -> logits of the first `head_count` heads, finest first, each (batch, classes, *size)."""
-        heads = self.description.heads[:head_count]
-        last_use, needed = _schedule(self.description, heads)
         values: dict[str, torch.Tensor] = {"input": x}
-        for index, node in enumerate(self.description.nodes):
-            if node.op == "input" or node.name not in needed:
-                continue
-            inputs = [values[name] for name in node.inputs]
-            for name in node.inputs:
-                if last_use[name] == index:
-                    del values[name]
-            values[node.name] = self._run(node, inputs)
-            del inputs
-        return [values[name] for name in heads]
+        checkpointing = self.description.checkpointing if torch.is_grad_enabled() else 0
+        for segment in segments(self.description, head_count, checkpointing):
+            inputs = [values[name] for name in segment.inputs]
+            for name in segment.last_used:
+                del values[name]
+            if segment.recompute:
+                run = partial(self._run_segment, segment)
+                results: list[torch.Tensor] = checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                results = self._run_segment(segment, *inputs)
+            values.update(zip(segment.outputs, results, strict=True))
+            del inputs, results
+        return [values[name] for name in self.description.heads[:head_count]]
+
+    def _run_segment(self, segment: Segment, *inputs: torch.Tensor) -> list[torch.Tensor]:
+        values = dict(zip(segment.inputs, inputs, strict=True))
+        for node in segment.nodes:
+            values[node.name] = self._run(node, [values[name] for name in node.inputs])
+        return [values[name] for name in segment.outputs]
 
     def _run(self, node: Node, inputs: list[torch.Tensor]) -> torch.Tensor:
         if node.op == "concat":
             return torch.cat(inputs, dim=1)
         if node.op == "add":
-            return nn.functional.leaky_relu(inputs[0] + inputs[1], SLOPE)
+            return nn.functional.leaky_relu(inputs[0] + inputs[1], SLOPE, inplace=True)  # of the sum nothing else is kept
         result: torch.Tensor = self.units[node.name](inputs[0])
         return result
-
-
-def _schedule(description: Description, heads: tuple[str, ...]) -> tuple[dict[str, int], set[str]]:
-    """Index of the node that uses each value last, and the nodes that the heads depend on."""
-    needed = set(heads)
-    last_use: dict[str, int] = dict.fromkeys(heads, -1)
-    for index in range(len(description.nodes) - 1, -1, -1):
-        node = description.nodes[index]
-        if node.name in needed:
-            for name in node.inputs:
-                needed.add(name)
-                last_use.setdefault(name, index)
-    return last_use, needed
 
 
 def _unit(node: Node, inputs: int, dims: int) -> nn.Module | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from autoseg.errors import PlanError
@@ -14,8 +14,9 @@ Op = Literal["input", "conv", "up", "concat", "pool", "add", "head"]
 
 @dataclass(frozen=True)
 class Node:
-    """One operation. `scale` is the cumulative stride of its output against the patch.
+    """One operation. `scale` is the cumulative stride of its output against the patch, `stage` its resolution stage.
 
+    Nodes of one `block` follow one another and are computed again together where activations are checkpointed.
     conv: convolution, then instance norm and leaky ReLU where `norm` and `activation` say so. up: transposed convolution with
     kernel = stride. pool: average pooling with kernel = stride. add: sum of the inputs, then leaky ReLU. head: 1x1 convolution.
     """
@@ -31,28 +32,50 @@ class Node:
     activation: bool = True
     bias: bool = True
     zero_norm: bool = False
+    stage: int = 0
+    block: str = ""
 
 
 @dataclass(frozen=True)
 class Description:
-    """A whole network: nodes in the order they run, and the heads, finest first."""
+    """A whole network: nodes in the order they run, and the heads, finest first.
+
+    Inner activations of the `checkpointing` finest stages are not kept for the backward pass but computed again in it.
+    """
 
     dims: int
     input_channels: int
     output_channels: int
     nodes: tuple[Node, ...]
     heads: tuple[str, ...]
+    checkpointing: int = 0
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Nodes that run together: values they need from outside, the ones needed no more after them, and what they hand on."""
+
+    nodes: tuple[Node, ...]
+    inputs: tuple[str, ...]
+    last_used: tuple[str, ...]
+    outputs: tuple[str, ...]
+    recompute: bool = False
 
 
 @dataclass
 class _Sketch:
-    """Collects nodes while a network is described."""
+    """Collects nodes while a network is described; each belongs to the block that was begun last."""
 
     nodes: list[Node] = field(default_factory=list)
+    stage: int = 0
+    block: str = ""
+
+    def begin(self, stage: int, block: str) -> None:
+        self.stage, self.block = stage, block
 
     def add(self, node: Node) -> Node:
-        self.nodes.append(node)
-        return node
+        self.nodes.append(replace(node, stage=self.stage, block=self.block))
+        return self.nodes[-1]
 
 
 def describe(configuration: Configuration, input_channels: int, output_channels: int) -> Description:
@@ -73,7 +96,9 @@ def describe(configuration: Configuration, input_channels: int, output_channels:
     start = sketch.add(Node("input", "input", (), input_channels, ones))
     skips = kinds[kind](sketch, configuration, start)
     heads = _decoder(sketch, configuration, skips, output_channels)
-    return Description(configuration.dims, input_channels, output_channels, tuple(sketch.nodes), tuple(heads))
+    return Description(
+        configuration.dims, input_channels, output_channels, tuple(sketch.nodes), tuple(heads), configuration.checkpointing
+    )
 
 
 def _scaled(scale: Ints, stride: Ints) -> Ints:
@@ -86,6 +111,7 @@ def _plain_encoder(sketch: _Sketch, configuration: Configuration, node: Node) ->
     ones = (1,) * configuration.dims
     for stage, features in enumerate(configuration.features_per_stage):
         kernel = configuration.kernel_sizes[stage]
+        sketch.begin(stage, f"encoder_{stage}")
         for block in range(configuration.blocks_per_stage[stage]):
             stride = configuration.strides[stage] if block == 0 else ones
             node = sketch.add(
@@ -99,6 +125,7 @@ def _residual_encoder(sketch: _Sketch, configuration: Configuration, node: Node)
     """A stem, then stages of residual blocks of two convolutions; the skip is average pooling and 1x1 convolution (ResNet-D)."""
     skips = []
     ones = (1,) * configuration.dims
+    sketch.begin(0, "encoder_0_0")
     node = sketch.add(
         Node("stem", "conv", (node.name,), configuration.features_per_stage[0], node.scale, configuration.kernel_sizes[0], ones)
     )
@@ -107,6 +134,7 @@ def _residual_encoder(sketch: _Sketch, configuration: Configuration, node: Node)
         for block in range(configuration.blocks_per_stage[stage]):
             stride = configuration.strides[stage] if block == 0 else ones
             scale, name, source = _scaled(node.scale, stride), f"encoder_{stage}_{block}", node
+            sketch.begin(stage, name)
             first = sketch.add(Node(f"{name}_a", "conv", (source.name,), features, scale, kernel, stride))
             second = sketch.add(
                 Node(f"{name}_b", "conv", (first.name,), features, scale, kernel, ones, activation=False, zero_norm=True)
@@ -128,12 +156,43 @@ def _decoder(sketch: _Sketch, configuration: Configuration, skips: list[Node], o
     ones = (1,) * configuration.dims
     for stage in range(len(skips) - 2, -1, -1):
         skip, stride, kernel = skips[stage], configuration.strides[stage + 1], configuration.kernel_sizes[stage]
+        sketch.begin(stage, f"decoder_{stage}_0")
         node = sketch.add(Node(f"up_{stage}", "up", (node.name,), skip.channels, skip.scale, stride, stride))
         node = sketch.add(Node(f"concat_{stage}", "concat", (node.name, skip.name), 2 * skip.channels, skip.scale))
         for block in range(configuration.decoder_blocks_per_stage[stage]):
+            sketch.begin(stage, f"decoder_{stage}_{block}")
             node = sketch.add(Node(f"decoder_{stage}_{block}", "conv", (node.name,), skip.channels, skip.scale, kernel, ones))
         heads.append(sketch.add(Node(f"head_{stage}", "head", (node.name,), output_channels, skip.scale, ones, ones)).name)
     return heads[::-1]
+
+
+def segments(description: Description, head_count: int, checkpointing: int = 0) -> list[Segment]:
+    """The nodes that the first `head_count` heads depend on, in order: one by one, in the `checkpointing` finest stages by block.
+
+    The value "input" is the image.
+    """
+    heads = description.heads[:head_count]
+    needed = set(heads)
+    for node in reversed(description.nodes):
+        if node.name in needed:
+            needed.update(node.inputs)
+    groups: list[list[Node]] = []
+    for node in description.nodes:
+        if node.op == "input" or node.name not in needed:
+            continue
+        if groups and node.stage < checkpointing and groups[-1][-1].block == node.block:
+            groups[-1].append(node)
+        else:
+            groups.append([node])
+    later, made = set(heads), []
+    for group in reversed(groups):
+        own = {node.name for node in group}
+        inputs = tuple(dict.fromkeys(name for node in group for name in node.inputs if name not in own))
+        outputs = tuple(node.name for node in group if node.name in later)
+        last_used = tuple(name for name in inputs if name not in later)
+        made.append(Segment(tuple(group), inputs, last_used, outputs, recompute=group[0].stage < checkpointing))
+        later.update(inputs)
+    return made[::-1]
 
 
 def convolution_elements(description: Description, patch: Ints) -> int:

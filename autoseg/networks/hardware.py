@@ -64,3 +64,22 @@ def autocast(device: torch.device, precision: Resolved) -> AbstractContextManage
     if precision == "fp32":
         return nullcontext()
     return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+
+
+def free_gpu_gb(device: torch.device | None = None) -> float | None:
+    """GB (2**30 bytes) that this process may still take or already holds on a CUDA card, the first unless given; else None."""
+    if not torch.cuda.is_available() or (device is not None and device.type != "cuda"):
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return (free + torch.cuda.memory_reserved(device)) / 2**30
+
+
+def reset_peak(device: torch.device) -> None:
+    """Begin a new measurement of the peak, where the device has one."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """The most memory that tensors took since `reset_peak`, None where the device does not say."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from autoseg.arrays.components import apply_postprocessing
-from autoseg.arrays.metrics import Target, default_tolerance_mm, label_values, measure
+from autoseg.arrays.metrics import Target, default_tolerance_mm, examine, label_values
+from autoseg.arrays.postprocess import apply_postprocessing
 from autoseg.datasets.description import describe_beside
+from autoseg.datasets.manifest import MANIFEST_ENDINGS, read_manifest
+from autoseg.datasets.splits import groups_from_names
 from autoseg.errors import AutosegError, DatasetError, GeometryError
 from autoseg.files.images import ENDINGS, compare_grids, read_label, split_ending
+from autoseg.files.workspace import Workspace
 from autoseg.logs import SILENT, Reporter
+from autoseg.types.dataset import CaseFiles
 from autoseg.types.geometry import Grid
 from autoseg.types.labels import Labels
 from autoseg.types.record import Spec
@@ -26,6 +31,8 @@ Pair = tuple[str, Path, Path]
 Outcome = tuple[str, CaseMetrics | AutosegError]
 PROBABILITIES = "_probabilities"  # predict writes these beside the masks
 LISTED = 20  # faults and names listed in one message
+SHOWN = ("dice", "sensitivity", "precision", "hd95", "assd", "nsd", "volume_error", "lesion_f1")  # in the printed table
+EXPLAINED = ("lesion", "surface", "mean", "empty", "intervals")
 
 
 def find_masks(masks: Masks) -> dict[str, Path]:
@@ -50,14 +57,42 @@ def find_masks(masks: Masks) -> dict[str, Path]:
     return found
 
 
-def labels_beside(references: Path) -> Labels | None:
-    """The labels that a dataset.json in or above the folder declares, when they hold regions or an ignore label; else None.
+@dataclass(frozen=True)
+class References:
+    """Reference masks by case, what is known about their labels and cases, and may cases lack a prediction (`part`)."""
 
-    Without it every value is measured as it is found in the files, which is right for plain labels only.
+    masks: dict[str, Path]
+    labels: Labels | None = None
+    cases: tuple[CaseFiles, ...] = ()
+    part: bool = False
+
+
+def find_references(path: Path) -> References:
+    """Reference masks of a folder of masks, a manifest, or a work folder.
+
+    A dataset.json in or above a folder names its labels, regions and ignore label; without it every value is measured as it is
+    found. A manifest's or work folder's cases bring patients and further columns, and need not all be predicted.
+    Raises DatasetError when there is none.
     """
+    if path.is_file() and path.suffix.lower() in MANIFEST_ENDINGS:
+        listing = read_manifest(path)
+        cases, labels = listing.cases, listing.description.labels
+    elif Workspace(path).plan_path.is_file():
+        dataset = Workspace(path).dataset()
+        cases, labels = dataset.cases, dataset.labels
+    else:
+        return References(find_masks(path), labels_beside(path))
+    masks = {case.case: Path(case.label) for case in cases if case.label}
+    if not masks:
+        raise DatasetError(f"{path} names no label file; expected one for each case that is to be measured")
+    return References(masks, labels, cases, part=True)
+
+
+def labels_beside(references: Path) -> Labels | None:
+    """The labels that a dataset.json in or above the folder declares; None without it."""
     for folder in (references, references.parent):
         description, _ = describe_beside(folder / "dataset.json")
-        if description.labels and (description.labels.regions or description.labels.ignore):
+        if description.labels:
             return description.labels
     return None
 
@@ -109,11 +144,11 @@ def _measure_case(pair: Pair, labels: Labels | None, tolerance_mm: float | None,
         targets = targets_of(labels)
         prediction = postprocess(prediction, labels, steps)
     else:
-        found = sorted({*label_values(prediction), *label_values(reference)} - {0})
-        targets = [(str(value), (value,)) for value in found]
+        values = sorted({*label_values(prediction), *label_values(reference)} - {0})
+        targets = [(str(value), (value,)) for value in values]
     tolerance = default_tolerance_mm(grid.shape, grid.spacing) if tolerance_mm is None else tolerance_mm
-    metrics = measure(reference, prediction, grid.spacing, targets, tolerance, ignore)
-    return CaseMetrics(case=case, metrics=metrics, tolerance_mm=tolerance)
+    found = examine(reference, prediction, grid.spacing, targets, tolerance, ignore)
+    return CaseMetrics(case=case, metrics=found.metrics, lesions=found.lesions, tolerance_mm=tolerance)
 
 
 def pairs_of(predictions: Masks, references: Masks) -> tuple[list[Pair], list[str]]:
@@ -157,13 +192,14 @@ def run_cases(work: Callable[[Pair], CaseMetrics], pairs: Sequence[Pair], thread
 
 def evaluate(
     predictions: Masks, references: Masks, labels: Labels | None = None, nsd_tolerance_mm: float | None = None, threads: int = 2,
-    reporter: Reporter = SILENT, postprocessing: Sequence[Spec] = (),
+    reporter: Reporter = SILENT, postprocessing: Sequence[Spec] = (), cases: Iterable[CaseFiles] = (),
 ) -> Report:
     """Measure every reference's prediction; files belong together by case name, their endings may differ.
 
     predictions, references: a folder, or files by case. labels: what is measured and which values may occur; without it every
     value but 0 that is found in any file. nsd_tolerance_mm: None for one voxel in-plane of each case. postprocessing: steps in
-    inside indices, applied to the predictions first (needs `labels`).
+    inside indices, applied to the predictions first (needs `labels`). cases: patients and further manifest columns, where known;
+    without them patients are recognised in the cases' names.
     Raises DatasetError when predictions are missing or a file is faulty, GeometryError when a prediction lies on another grid
     than its reference; all faulty cases are listed at once.
     """
@@ -174,18 +210,73 @@ def evaluate(
     pairs, unused = pairs_of(predictions, references)
     if unused:
         reporter.warn(f"{len(unused)} predictions have no reference and are not measured: {', '.join(unused[:LISTED])}")
-    cases: list[CaseMetrics] = []
+    measured: list[CaseMetrics] = []
     faults: list[AutosegError] = []
     with reporter.task("evaluate", len(pairs)) as task:
         for case, result in run_cases(lambda p: _measure_case(p, labels, nsd_tolerance_mm, postprocessing), pairs, threads):
             if isinstance(result, AutosegError):
                 faults.append(result)
             else:
-                cases.append(result)
+                measured.append(result)
             task.advance(note=case)
     if faults:
         raise _together(faults)
-    return Report.of(_with_all_labels(cases) if labels is None else cases, nsd_tolerance_mm)
+    whole = _with_all_labels(measured) if labels is None else measured
+    return with_intervals(Report.of(_with_patients(whole, cases), nsd_tolerance_mm))
+
+
+def _with_patients(measured: Sequence[CaseMetrics], cases: Iterable[CaseFiles]) -> list[CaseMetrics]:
+    """The measured cases with their patients and attributes."""
+    known = {case.case: case for case in cases}
+    patients = {name: case.group for name, case in known.items()} if known else groups_from_names(c.case for c in measured) or {}
+    return [
+        case.model_copy(update={
+            "patient": patients.get(case.case), "attributes": known[case.case].attributes if case.case in known else {}})
+        for case in measured
+    ]
+
+
+def evaluate_folder(
+    predictions: Path, references: Path, nsd_tolerance_mm: float | None = None, threads: int = 2, reporter: Reporter = SILENT,
+) -> Report:
+    """Measure a folder of masks against a folder of masks, a manifest, or the labels of a work folder.
+
+    Of a manifest or work folder the predicted cases are measured, of a folder all must have a prediction.
+    Raises what `evaluate` and `find_references` raise.
+    """
+    found = find_references(references)
+    wanted: Masks = references
+    if found.part:
+        masks = find_masks(predictions)
+        wanted = {case: path for case, path in found.masks.items() if case in masks} or found.masks
+        if len(wanted) < len(found.masks):
+            reporter.warn(f"{len(wanted)} of {len(found.masks)} labelled cases of {references} are predicted and measured")
+    return evaluate(predictions, wanted, found.labels, nsd_tolerance_mm, threads, reporter, cases=found.cases)
+
+
+def with_intervals(report: Report) -> Report:
+    """The report with 95 % bootstrap intervals of its means, patients drawn with all of their cases."""
+    from autoseg.arrays.intervals import mean_intervals, mean_of_means_interval
+
+    patients = [case.patient or case.case for case in report.cases]
+    pairs = [(label, name) for label, values in report.mean.items() for name in values]
+    table = np.array(
+        [[_float(case.metrics.get(label, {}).get(name)) for label, name in pairs] for case in report.cases], np.float64,
+    ).reshape(len(report.cases), len(pairs))
+    intervals: dict[str, dict[str, tuple[float, float]]] = {label: {} for label in report.mean}
+    for (label, name), (low, high) in zip(pairs, mean_intervals(table, patients).tolist(), strict=True):
+        if np.isfinite(low):
+            intervals[label][name] = (low, high)
+    foreground: dict[str, tuple[float, float]] = {}
+    for name in report.foreground_mean:
+        low, high = mean_of_means_interval(table[:, [other == name for _, other in pairs]], patients)
+        if np.isfinite(low):
+            foreground[name] = (low, high)
+    return report.model_copy(update={"intervals": intervals, "foreground_intervals": foreground})
+
+
+def _float(value: Value) -> float:
+    return np.nan if value is None else float(value)
 
 
 def _together(faults: Sequence[AutosegError]) -> AutosegError:
@@ -199,7 +290,7 @@ def _together(faults: Sequence[AutosegError]) -> AutosegError:
 def _with_all_labels(cases: Sequence[CaseMetrics]) -> list[CaseMetrics]:
     """Give each case an entry for the labels that only other cases hold: nothing defined but the zero counts."""
     names = sorted({label for case in cases for label in case.metrics}, key=int)
-    absent: Values = {**dict.fromkeys(METRICS), **dict.fromkeys(COUNTS, 0), "specificity": 1.0}
+    absent: Values = {**dict.fromkeys(METRICS), **dict.fromkeys(COUNTS, 0), "specificity": 1.0, "lesion_false_positives": 0}
     return [case.model_copy(update={"metrics": {name: case.metrics.get(name, dict(absent)) for name in names}}) for case in cases]
 
 
@@ -215,28 +306,71 @@ def merge_reports(reports: Iterable[Report]) -> Report:
     tolerances = {report.tolerance_mm for report in given}
     if len(tolerances) > 1:
         raise ValueError(f"reports with different tolerances cannot be merged, found {sorted(map(str, tolerances))}")
-    return Report.of(cases, tolerances.pop() if tolerances else None)
+    return with_intervals(Report.of(cases, tolerances.pop() if tolerances else None))
 
 
 def report_table(report: Report) -> list[list[str]]:
     """The report's means as rows of text: a heading, one row per label, the foreground mean.
 
-    A mean over fewer cases than the report holds says over how many; the last columns count the cases in which a label is in
-    neither mask, was missed entirely, or was found where there is none.
+    The interval is that of Dice. A mean over fewer cases than the report holds says over how many; the last columns count the
+    cases in which a label is in neither mask, was missed entirely, or was found where there is none.
     """
-    names = [name for name in METRICS if name in report.foreground_mean]
-    rows = [["label", *names, "absent", "missed", "spurious"]]
+    names = [name for name in SHOWN if name in report.foreground_mean]
+    rows = [["label", *_with_interval(names, "95 % interval"), "absent", "missed", "spurious"]]
+    whole = len(report.cases)
     for label, values in report.mean.items():
         empty, defined = report.empty.get(label), report.defined.get(label, {})
-        cells = [_cell(name, values.get(name), defined.get(name, 0), len(report.cases)) for name in names]
-        rows.append([label, *cells, *([str(n) for n in (empty.absent, empty.missed, empty.spurious)] if empty else [""] * 3)])
-    whole = len(report.cases)
-    rows.append(["foreground mean", *(_cell(name, report.foreground_mean[name], whole, whole) for name in names), "", "", ""])
+        cells = [_cell(name, values.get(name), defined.get(name, 0), whole) for name in names]
+        interval = _interval(report.intervals.get(label, {}).get("dice"))
+        counts = [str(n) for n in (empty.absent, empty.missed, empty.spurious)] if empty else [""] * 3
+        rows.append([label, *_with_interval(cells, interval), *counts])
+    cells = [_cell(name, report.foreground_mean[name], whole, whole) for name in names]
+    interval = _interval(report.foreground_intervals.get("dice"))
+    rows.append(["foreground mean", *_with_interval(cells, interval), "", "", ""])
     return rows
+
+
+def _with_interval(cells: Sequence[str], interval: str) -> list[str]:
+    return [*cells[:1], interval, *cells[1:]]
+
+
+def _interval(interval: tuple[float, float] | None) -> str:
+    return "-" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}"
 
 
 def _cell(name: str, value: Value, defined: int, cases: int) -> str:
     if value is None:
         return "-"
-    text = f"{value:+.3f}" if name == "volume_error" else f"{value:.2f} mm" if name.startswith("hd") else f"{value:.4f}"
+    text = f"{value:+.3f}" if name == "volume_error" else f"{value:.2f} mm" if name in ("hd95", "assd") else f"{value:.4f}"
     return text if defined == cases else f"{text} ({defined})"
+
+
+def group_table(report: Report) -> list[list[str]]:
+    """Dice of each label by group of cases: a heading, then a row per column and value; the heading alone without groups."""
+    labels = list(report.mean)
+    rows = [["column", "value", "cases", *labels]]
+    for column, values in report.groups.items():
+        for value, means in values.items():
+            cells = [_cell("dice", means.get(label, {}).get("dice"), 1, 1) for label in labels]
+            rows.append([column, value, str(report.group_cases[column][value]), *cells])
+    return rows
+
+
+def lesion_table(report: Report) -> list[list[str]]:
+    """Lesions by label and size class over all cases: in the reference, found, in the prediction, false."""
+    rows = [["label", "size", "reference", "found", "prediction", "false"]]
+    for label, classes in report.lesions.items():
+        rows += [
+            [label, size, *(str(n) for n in (count.reference, count.found, count.prediction, count.false))]
+            for size, count in classes.items()
+        ]
+    return rows
+
+
+def definition_lines(report: Report) -> list[str]:
+    """The definitions of what `report_table` shows, a line each, and the tolerances that were used."""
+    used = sorted({case.tolerance_mm for case in report.cases if case.tolerance_mm is not None})
+    spread = f"{used[0]:g}" if len(used) == 1 else f"{used[0]:g} to {used[-1]:g}" if used else "none"
+    names = [*(name for name in SHOWN if name in report.foreground_mean), *EXPLAINED]
+    lines = [f"{name}: {report.definitions[name]}" for name in names if name in report.definitions]
+    return [*lines, f"tolerance of NSD: {spread} mm; intervals over {report.patients} patients"]

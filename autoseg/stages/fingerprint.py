@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autoseg.arrays.crop import bounding_box, box_slices, nonzero_mask
+from autoseg.arrays.crop import Bounds, bounding_box, box_slices, nonzero_mask
 from autoseg.errors import AutosegError, DatasetError
 from autoseg.files.images import read_case, read_header, read_label
 from autoseg.files.machine import cores, for_each
@@ -93,9 +93,13 @@ def _kind(channel: NDArray[np.float32], image: Image) -> str:
 
 
 def _label_statistics(
-    image_czyx: NDArray[np.float32], label_zyx: NDArray[np.int16], grid: Grid, labels: Labels, where: NDArray[np.intp],
+    image_czyx: NDArray[np.float32], label_zyx: NDArray[np.int16], box: Bounds, grid: Grid, labels: Labels,
+    where: NDArray[np.intp],
 ) -> dict[str, LabelFingerprint]:
-    """Return volume, components and intensities of each foreground label that is present at the flat positions `where`."""
+    """Return volume, place, components and intensities of each foreground label that is present.
+
+    Image and label are the `box` of an image on `grid`; `where` are the flat positions of foreground in the box.
+    """
     import cc3d
 
     count = len(labels.foreground) + 1
@@ -105,6 +109,8 @@ def _label_statistics(
     label_of_part = np.zeros(int(parts.max(initial=0)) + 1, np.int64)
     label_of_part[parts] = values
     components = np.bincount(label_of_part[1:], minlength=count)
+    start = np.array([low for low, _ in box])
+    centres = (cc3d.statistics(label_zyx.view(np.uint16))["centroids"] + start + 0.5) / grid.shape
     means, deviations = [], []
     for channel in image_czyx:
         intensities = channel.reshape(-1)[where].astype(np.float64)
@@ -116,6 +122,7 @@ def _label_statistics(
         label.name: LabelFingerprint(
             voxels=int(voxels[i]), volume_ml=float(voxels[i] * grid.voxel_volume_ml), components=int(components[i]),
             mean_intensity=tuple(float(m[i]) for m in means), std_intensity=tuple(float(d[i]) for d in deviations),
+            centre=(float(centres[i][0]), float(centres[i][1]), float(centres[i][2])),
         )
         for i, label in enumerate(labels.foreground, start=1) if voxels[i]
     }
@@ -131,18 +138,18 @@ def _measure(case: CaseFiles, dataset: Dataset, sample_size: int) -> _Measured:
     grid = image.grid.mapped(axis_map)
     kinds = tuple(_kind(channel, image) for channel in array)
     oriented = axis_map.apply(array)
-    box = box_slices(bounding_box(nonzero_mask(oriented)))
-    cropped = np.ascontiguousarray(oriented[(slice(None), *box)])
+    box = bounding_box(nonzero_mask(oriented))
+    cropped = np.ascontiguousarray(oriented[(slice(None), *box_slices(box))])
     _, z, y, x = cropped.shape
     statistics: dict[str, LabelFingerprint] = {}
     sample = np.empty((len(array), 0), np.float32)
     if label is not None:
-        inside = np.ascontiguousarray(axis_map.apply(label)[box])
+        inside = np.ascontiguousarray(axis_map.apply(label)[box_slices(box)])
         if dataset.labels.ignore_index is not None:
             inside[inside == dataset.labels.ignore_index] = 0
         where = np.flatnonzero(inside)
         if where.size:
-            statistics = _label_statistics(cropped, inside, grid, dataset.labels, where)
+            statistics = _label_statistics(cropped, inside, box, grid, dataset.labels, where)
             seed = int.from_bytes(hashlib.blake2b(case.case.encode(), digest_size=8).digest(), "little")
             drawn = where[np.random.default_rng(seed).integers(0, len(where), sample_size)]
             sample = cropped.reshape(len(array), -1)[:, drawn]

@@ -10,8 +10,9 @@ from typing import Any, Literal
 from autoseg.datasets.read import read_dataset
 from autoseg.datasets.splits import check_splits, extend_splits, make_splits
 from autoseg.errors import DatasetError, PlanError, RecordError
-from autoseg.files.workspace import Workspace, load_record, save_record
+from autoseg.files.workspace import Workspace, load_record, save_record, validate
 from autoseg.logs import SILENT, Reporter
+from autoseg.planners.default import CONFIGURATIONS
 from autoseg.planners.registry import get_planner
 from autoseg.stages.check import check, require_clean
 from autoseg.stages.fingerprint import fingerprint
@@ -51,12 +52,14 @@ def plan(
     gpu_memory_gb: float | None = None,
     groups: Literal["auto", "none"] = "auto",
     replan: bool = False,
+    time_budget_s: float | None = None,
     threads: int = 2,
     reporter: Reporter = SILENT,
 ) -> Planned:
     """Check the data, then write dataset.json, fingerprint.json, plan.json and splits.json.
 
-    An existing plan and existing fold assignments are kept unless `replan`; new cases join the folds.
+    An existing plan and existing fold assignments are kept unless `replan`; new cases join the folds. A time budget is written
+    into the plan, new or old, and training keeps to it.
 
     Raises:
         DatasetError: the check found errors (all of them in the message); nothing is written.
@@ -71,9 +74,17 @@ def plan(
     if keep and old is not None:
         _suits(old, dataset)
     measured = fingerprint(dataset, threads=threads, reporter=reporter)
-    made = old if keep and old is not None else get_planner(planner or "default")(dataset, measured, gpu_memory_gb)
+    changes: list[str] = []
+    if keep and old is not None:
+        made = old
+    else:
+        made, changes = _with_handmade(workspace, _make(planner or "default", dataset, measured, gpu_memory_gb), old)
+    if time_budget_s is not None:
+        made = made.model_copy(update={"time_budget_s": time_budget_s})
     splits = _splits(workspace, dataset, measured, fresh=replan)
-    changes = list(_differences(old.model_dump(mode="json"), made.model_dump(mode="json"))) if old is not None and replan else []
+    if old is not None and replan:
+        before, after = (plan.model_dump(mode="json", exclude={"reasons"}) for plan in (old, made))
+        changes += _differences(before, after)
     if old_splits is not None and old_splits != splits:
         folds = {case: fold for fold, split in enumerate(old_splits) for case in split.val}
         moved = sum(folds.get(case) != fold for fold, split in enumerate(splits) for case in split.val)
@@ -81,9 +92,20 @@ def plan(
     save_record(workspace.fingerprint_path, measured)
     save_record(workspace.splits_path, splits, list[Split])  # before the cases it is made for: a kill in between loses none
     save_record(workspace.dataset_path, dataset)
-    if not keep:
-        save_record(workspace.plan_path, made)
+    if made is not old:
+        workspace.save_plan(made)
     return Planned(dataset, measured, made, splits, [f for f in faults if f.severity == "warning"], tuple(changes))
+
+
+def _make(planner: str, dataset: Dataset, measured: Fingerprint, gpu_memory_gb: float | None) -> Plan:
+    """The plan; `fit` is told what this machine has: the free memory of its GPU where none is given, and its precision."""
+    if planner != "fit":
+        return get_planner(planner)(dataset, measured, gpu_memory_gb)
+    from autoseg.networks.hardware import free_gpu_gb, pick_device, pick_precision
+    from autoseg.planners.fit import plan as fit
+
+    precision = pick_precision(pick_device())
+    return fit(dataset, measured, free_gpu_gb() if gpu_memory_gb is None else gpu_memory_gb, precision=precision)
 
 
 def _old_plan(workspace: Workspace, planner: str | None, gpu_memory_gb: float | None, replan: bool) -> Plan | None:
@@ -102,6 +124,36 @@ def _old_plan(workspace: Workspace, planner: str | None, gpu_memory_gb: float | 
             "give --replan to make a new one, or another --out"
         )
     return old
+
+
+def _with_handmade(workspace: Workspace, made: Plan, old: Plan | None) -> tuple[Plan, list[str]]:
+    """The new plan with those configurations of the old one that a person made, as they are written; and what to know of them.
+
+    Made by a person is what neither planner made.
+    """
+    if old is None:
+        return made, []
+    written = workspace.written_configurations()
+    kept = {name: written[name] for name in old.configurations if name not in made.configurations and not _planned(old, name)}
+    if not kept:
+        return made, []
+    data = made.model_dump()
+    try:
+        both = validate({**data, "configurations": {**data["configurations"], **kept}}, Plan, "the new plan with them")
+    except RecordError as error:
+        raise PlanError(
+            f"{workspace.plan_path} holds configurations made by hand ({', '.join(kept)}) that do not go with the new plan; "
+            f"change or remove them first. {error}"
+        ) from None
+    told = [f"configurations.{name}: made by hand, kept" for name in kept]
+    if old.transpose_forward != made.transpose_forward:
+        told.append(f"transpose_forward: the axes of {', '.join(kept)} (made by hand) now count in another order; look at them")
+    return both, told
+
+
+def _planned(plan: Plan, name: str) -> bool:
+    reason = plan.reasons.get(f"configurations.{name}")
+    return bool(reason.value) if reason is not None else not plan.reasons and name in CONFIGURATIONS
 
 
 def _suits(plan: Plan, dataset: Dataset) -> None:

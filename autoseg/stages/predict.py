@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,17 +20,20 @@ from autoseg.files.masks import MaskFolder
 from autoseg.files.runs import RunFolder, load_tensors
 from autoseg.files.workspace import Workspace, load_record
 from autoseg.logs import SILENT, Reporter
+from autoseg.stages.judge import Judge, find_judge
 from autoseg.types.case import Image
 from autoseg.types.dataset import CaseFiles
 from autoseg.types.geometry import Grid
 from autoseg.types.labels import Labels
 from autoseg.types.record import Spec
-from autoseg.types.report import Selection
+from autoseg.types.run import RunRecord
+from autoseg.types.selection import Selection
+from autoseg.types.trust import CaseNumbers
 
 if TYPE_CHECKING:
     import torch
 
-    from autoseg.inference import Model, Prediction
+    from autoseg.inference import Member, Model, Prediction
     from autoseg.types.case import Preprocessed
 
 PREFERRED = ("3d_fullres", "3d_cascade_fullres", "2d", "3d_lowres")  # order of trust when nothing was selected
@@ -37,7 +41,7 @@ PREFERRED = ("3d_fullres", "3d_cascade_fullres", "2d", "3d_lowres")  # order of 
 
 @dataclass(frozen=True)
 class Options:
-    """How to predict; `folds` None means all that are trained."""
+    """How to predict; `folds` None means all that are trained. `probabilities` and `uncertainty` ask for further files."""
 
     folds: tuple[int, ...] | None = None
     device: str = "auto"
@@ -45,61 +49,93 @@ class Options:
     mirror: bool = True
     probabilities: bool = False
     overwrite: bool = False
+    uncertainty: bool = False
 
 
-def load_model(workspace: Workspace, runs: Sequence[str], options: Options, postprocessing: Sequence[Spec] = ()) -> Model:
-    """Load the networks of `runs` and the wanted folds into one model.
+def load_model(
+    workspace: Workspace,
+    runs: Sequence[str],
+    options: Options,
+    postprocessing: Sequence[Spec] = (),
+    weights: Sequence[float] = (),
+    temperatures: Mapping[str, float] | None = None,
+) -> Model:
+    """Load the networks of `runs` and the wanted folds into one model, with the runs whose segmentation they take as input.
+
+    `weights` has one number per run; without it all count the same. `temperatures`, by run, are 1 where there are none.
 
     Raises:
         RunError: a run or fold is not trained, or its weights do not fit.
     """
-    from autoseg.inference import Member, Model
-    from autoseg.networks.build import build
-    from autoseg.networks.describe import describe
+    from autoseg.inference import Model
     from autoseg.networks.hardware import pick_device, pick_precision
 
-    members = []
-    for run in runs:
-        folds = finished_folds(workspace, run)
-        wanted = folds if options.folds is None else list(options.folds)
-        missing = sorted(set(wanted) - set(folds))
-        if missing or not wanted:
-            raise RunError(
-                f"run {run!r} has no finished training of fold(s) {missing or 'any'} (finished: {folds or 'none'}); "
-                f"train with: autoseg train {workspace.root} --config {run}"
-            )
-        first = RunFolder(workspace.fold(run, wanted[0])).record()
-        plan, mirror = first.plan, first.spec.augment.mirror
-        configuration = plan.configurations[first.configuration]
-        networks = []
-        for fold in wanted:
-            folder = RunFolder(workspace.fold(run, fold))
-            record = folder.record()
-            if (record.configuration, record.plan, record.spec.augment.mirror) != (first.configuration, plan, mirror):
-                raise RunError(
-                    f"the folds of run {run!r} were trained with different plans, so they cannot be combined; "
-                    f"choose some with --folds, or train fold {fold} again with --restart"
-                )
-            network = build(describe(configuration, len(plan.channels), plan.labels.output_count))
-            try:
-                network.load_state_dict(load_tensors(folder.weights_path))
-            except RuntimeError as error:
-                raise RunError(f"{folder.weights_path} does not fit its plan: {str(error).splitlines()[0]}") from None
-            networks.append(network)
-        axes = tuple(range(configuration.dims)) if mirror is None else mirror
-        members.append(Member(plan, first.configuration, tuple(networks), axes))
+    known = temperatures or {}
+    members = [
+        dataclasses.replace(_load_member(workspace, run, options.folds), weight=weight, temperature=known.get(run, 1.0))
+        for run, weight in _weighted(runs, weights)
+    ]
     device = pick_device(options.device)
     return Model(members, device, pick_precision(device, options.precision), options.mirror, postprocessing)
 
 
+def _weighted(runs: Sequence[str], weights: Sequence[float]) -> list[tuple[str, float]]:
+    return list(zip(runs, weights or [1.0] * len(runs), strict=True))
+
+
+def _load_member(workspace: Workspace, run: str, wanted: Sequence[int] | None) -> Member:
+    """Folds of one run; of the previous stage's run the same folds, so that a fold's validation cases are new to both."""
+    from autoseg.inference import Member
+    from autoseg.networks.build import build
+    from autoseg.networks.describe import describe
+
+    finished = finished_folds(workspace, run)
+    folds = finished if wanted is None else list(wanted)
+    missing = sorted(set(folds) - set(finished))
+    if missing or not folds:
+        raise RunError(
+            f"run {run!r} has no finished training of fold(s) {missing or 'any'} (finished: {finished or 'none'}); "
+            f"train with: autoseg train {workspace.root} --config {run}"
+        )
+    records = [RunFolder(workspace.fold(run, fold)).record() for fold in folds]
+    first = records[0]
+    plan, configuration = first.plan, first.plan.configurations[first.configuration]
+    axes = first.spec.mirror_axes(configuration)
+    channels = len(plan.channels) + (len(plan.labels.foreground) if configuration.previous_stage is not None else 0)
+    networks = []
+    for record in records:
+        same = (record.configuration, record.plan, record.previous) == (first.configuration, plan, first.previous)
+        if not same or record.spec.mirror_axes(configuration) != axes:
+            raise RunError(
+                f"the folds of run {run!r} were trained with different plans, so they cannot be combined; "
+                f"choose some with --folds, or train fold {record.fold} again with --restart"
+            )
+        network = build(describe(configuration, channels, plan.labels.output_count))
+        weights_path = RunFolder(workspace.fold(run, record.fold)).weights_path
+        try:
+            network.load_state_dict(load_tensors(weights_path))
+        except RuntimeError as error:
+            raise RunError(f"{weights_path} does not fit its plan: {str(error).splitlines()[0]}") from None
+        networks.append(network)
+    source = previous_run(first)
+    previous = None if source is None else _load_member(workspace, source, wanted)
+    return Member(plan, first.configuration, tuple(networks), axes, previous)
+
+
+def previous_run(record: RunRecord) -> str | None:
+    """The run whose segmentation a run takes as input; None when its configuration has no previous stage."""
+    stage = record.plan.configurations[record.configuration].previous_stage
+    return None if stage is None else record.previous or stage
+
+
 def finished_folds(workspace: Workspace, run: str) -> list[int]:
-    """Folds of a run whose training is finished."""
+    """Folds of a run that have trained weights."""
     found = [(re.fullmatch(r"fold_(\d+)", path.name), path) for path in (workspace.runs / run).glob("fold_*")]
-    return sorted(int(match[1]) for match, path in found if match and RunFolder(path).finished)
+    return sorted(int(match[1]) for match, path in found if match and RunFolder(path).usable)
 
 
-def chosen(workspace: Workspace, reporter: Reporter = SILENT) -> tuple[tuple[str, ...], tuple[Spec, ...]]:
-    """The runs and post-processing to use: those of selection.json, else the most trusted finished run.
+def chosen(workspace: Workspace, reporter: Reporter = SILENT) -> Selection:
+    """The runs, weights and post-processing to use: selection.json, else the most trusted finished run alone.
 
     Raises:
         RunError: nothing is trained.
@@ -109,7 +145,7 @@ def chosen(workspace: Workspace, reporter: Reporter = SILENT) -> tuple[tuple[str
         for run in selection.runs:
             if set(selection.run_folds.get(run, ())) - set(finished_folds(workspace, run)):
                 reporter.warn(f"run {run} has fewer finished folds than when it was selected: autoseg select {workspace.root}")
-        return tuple(selection.runs), tuple(selection.postprocessing)
+        return selection
     finished = sorted({p.parent.parent.name for p in workspace.runs.glob("*/fold_*/weights.safetensors")})
     if not finished:
         raise RunError(f"{workspace.root} holds no finished training; run: autoseg train {workspace.root}")
@@ -118,7 +154,7 @@ def chosen(workspace: Workspace, reporter: Reporter = SILENT) -> tuple[tuple[str
         reporter.info(
             f"no selection yet, so {run} is used out of {', '.join(finished)}; compare them with: autoseg select {workspace.root}"
         )
-    return (run,), ()
+    return Selection(runs=(run,), folds=(), cases=0)
 
 
 def predict(
@@ -130,14 +166,18 @@ def predict(
         CasesFailed: some cases failed; they are listed, the rest is done.
         RunError: nothing trained, or `out` holds masks that this model did not make.
     """
-    runs, postprocessing = chosen(workspace.require(), reporter)
-    folder = MaskFolder(out, _identity(workspace, runs, options, postprocessing))
-    todo = [case for case in cases if not folder.is_finished(case, options.probabilities, options.overwrite) or options.overwrite]
+    selection = chosen(workspace.require(), reporter)
+    made_with = (selection.runs, options, selection.postprocessing, selection.run_weights)
+    identity = _identity(workspace, *made_with)
+    judge = find_judge(workspace, selection, identity["weights"], options.mirror, reporter)
+    folder = MaskFolder(out, identity, judge.key if judge else "")
+    wanted = (options.probabilities, options.overwrite, options.uncertainty)
+    todo = [case for case in cases if not folder.is_finished(case, *wanted) or options.overwrite]
     if not todo:
         reporter.info(f"all {len(cases)} cases are predicted already; --overwrite makes them anew")
         return
-    model = load_model(workspace, runs, options, postprocessing)
-    _run(model, todo, folder, options.probabilities, reporter, "predict")
+    model = load_model(workspace, *made_with, temperatures=judge.temperatures if judge else None)
+    _run(_Work(model, folder, options.probabilities, options.uncertainty, judge), todo, reporter, "predict")
 
 
 def predict_validation(
@@ -148,6 +188,7 @@ def predict_validation(
     reporter: Reporter = SILENT,
     device: str = "auto",
     precision: str = "auto",
+    weights: Sequence[float] = (),
 ) -> None:
     """Predict the validation cases of a fold with networks that have not seen them, without post-processing.
 
@@ -157,24 +198,57 @@ def predict_validation(
     split = RunFolder(workspace.fold(runs[0], fold)).record().split
     cases = [case for case in workspace.dataset().cases if case.case in set(split.val)]
     options = Options(folds=(fold,), device=device, precision=precision)
-    folder = MaskFolder(out, _identity(workspace, runs, options, ()))
+    folder = MaskFolder(out, _identity(workspace, runs, options, (), weights))
     todo = [case for case in cases if not folder.is_finished(case, False, replace=True)]
     if todo:
-        _run(load_model(workspace, runs, options), todo, folder, False, reporter, f"validate fold {fold}")
+        _run(_Work(load_model(workspace, runs, options, (), weights), folder), todo, reporter, f"validate fold {fold}")
 
 
-def _identity(workspace: Workspace, runs: Sequence[str], options: Options, postprocessing: Sequence[Spec]) -> dict[str, object]:
-    """What the masks depend on: weights, folds, mirroring and post-processing."""
-    weights = {}
+def _identity(
+    workspace: Workspace, runs: Sequence[str], options: Options, postprocessing: Sequence[Spec], weights: Sequence[float] = ()
+) -> dict[str, Any]:
+    """What the masks depend on: networks, how they are weighted, folds, mirroring and post-processing."""
+    networks: dict[str, str] = {}
     for run in runs:
-        for fold in finished_folds(workspace, run):
-            if options.folds is None or fold in options.folds:
-                with RunFolder(workspace.fold(run, fold)).weights_path.open("rb") as file:
-                    weights[f"{run}/fold_{fold}"] = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"weights": weights, "mirror": options.mirror, "postprocessing": [s.model_dump(mode="json") for s in postprocessing]}
+        networks.update(network_hashes(workspace, run, options.folds))
+    identity: dict[str, Any] = {
+        "weights": networks, "mirror": options.mirror, "postprocessing": [s.model_dump(mode="json") for s in postprocessing]
+    }
+    if len(set(weights)) > 1:
+        identity["shares"] = dict(_weighted(runs, weights))
+    return identity
 
 
-def _run(model: Model, todo: Sequence[CaseFiles], folder: MaskFolder, probabilities: bool, reporter: Reporter, name: str) -> None:
+def network_hashes(workspace: Workspace, run: str, folds: Sequence[int] | None) -> dict[str, str]:
+    """The hash of every network that a run's masks come from, those of the previous stage included."""
+    found: dict[str, str] = {}
+    source = None
+    for fold in finished_folds(workspace, run):
+        if folds is None or fold in folds:
+            folder = RunFolder(workspace.fold(run, fold))
+            with folder.weights_path.open("rb") as file:
+                found[f"{run}/fold_{fold}"] = hashlib.file_digest(file, "sha256").hexdigest()
+            source = previous_run(folder.record())
+    return found if source is None else {**found, **network_hashes(workspace, source, folds)}
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is made of every case, and where it goes."""
+
+    model: Model
+    folder: MaskFolder
+    probabilities: bool = False
+    uncertainty: bool = False
+    judge: Judge | None = None
+
+    @property
+    def gauged(self) -> bool:
+        """Whether logits are made with uncertainty."""
+        return self.uncertainty or self.judge is not None
+
+
+def _run(work: _Work, todo: Sequence[CaseFiles], reporter: Reporter, name: str) -> None:
     """Three threads, one case each: the next case is read while this one is computed and the last one is written."""
     failed: dict[str, str] = {}
     short: list[CaseFiles] = []  # out of memory while others were in work: tried once more alone
@@ -183,7 +257,7 @@ def _run(model: Model, todo: Sequence[CaseFiles], folder: MaskFolder, probabilit
         ThreadPoolExecutor(1, "writer") as writer,
         reporter.task(name, len(todo)) as task,
     ):
-        reading = [reader.submit(_attempt, _read, model, todo[0])]
+        reading = [reader.submit(_attempt, _read, work, todo[0])]
         writing: list[Future[object]] = []
 
         def settle(case: CaseFiles, outcome: object, alone: bool = False) -> bool:
@@ -191,27 +265,27 @@ def _run(model: Model, todo: Sequence[CaseFiles], folder: MaskFolder, probabilit
                 short.append(case)
             elif isinstance(outcome, Exception):
                 failed[case.case] = " ".join((str(outcome) or type(outcome).__name__).split())
-                folder.fail(case, failed[case.case])
+                work.folder.fail(case, failed[case.case])
             return not isinstance(outcome, Exception)
 
         for index, case in enumerate(todo):
             ready = reading.pop().result()
             if index + 1 < len(todo):
-                reading.append(reader.submit(_attempt, _read, model, todo[index + 1]))
-            logits = _attempt(_compute, model, ready) if settle(case, ready) else None
+                reading.append(reader.submit(_attempt, _read, work, todo[index + 1]))
+            logits = _attempt(_compute, work, ready) if settle(case, ready) else None
             if writing:
                 settle(todo[index - 1], writing.pop().result())
             if logits is not None and settle(case, logits):
-                writing.append(writer.submit(_attempt, _finish, model, case, ready, logits, folder, probabilities))
+                writing.append(writer.submit(_attempt, _finish, work, case, ready, logits))
             task.advance(note=case.case)
         if writing:
             settle(todo[-1], writing.pop().result())
         for case in short:
-            settle(case, _attempt(_whole, model, case, folder, probabilities), alone=True)
+            settle(case, _attempt(_whole, work, case), alone=True)
     if failed:
         lines = "\n".join(f"  {case}: {why}" for case, why in failed.items())
         raise CasesFailed(
-            f"{len(failed)} of {len(todo)} cases failed, the rest is done (see {folder.path / 'summary.csv'}):\n{lines}"
+            f"{len(failed)} of {len(todo)} cases failed, the rest is done (see {work.folder.path / 'summary.csv'}):\n{lines}"
         )
 
 
@@ -234,41 +308,53 @@ class _Ready:
     image_grid: Grid
     prepared: list[Preprocessed]
     seconds: dict[str, float]
+    image_czyx: np.ndarray[tuple[int, ...], np.dtype[np.generic]] | None  # kept only for post-processing that looks at it
+    numbers: CaseNumbers | None  # what the image is like, where that is judged
 
 
-def _read(model: Model, case: CaseFiles) -> _Ready:
+def _read(work: _Work, case: CaseFiles) -> _Ready:
+    from autoseg.arrays.postprocess import needs_image
+
     begin = time.perf_counter()
     image: Image = read_case([Path(p) for p in case.images])
     middle = time.perf_counter()
-    prepared = model.prepare(image)
-    return _Ready(image.grid, prepared, {"read": middle - begin, "preprocess": time.perf_counter() - middle})
+    prepared = work.model.prepare(image, uncertainty=work.gauged)
+    numbers = work.judge.look(work.model, image) if work.judge else None
+    seconds = {"read": middle - begin, "preprocess": time.perf_counter() - middle}
+    kept = image.array_czyx if needs_image(work.model.postprocessing) else None
+    return _Ready(image.grid, prepared, seconds, kept, numbers)
 
 
-def _compute(model: Model, ready: _Ready) -> list[torch.Tensor]:
+def _compute(work: _Work, ready: _Ready) -> list[torch.Tensor]:
     begin = time.perf_counter()
-    logits = [model.logits(member, case) for member, case in zip(model.members, ready.prepared, strict=True)]
+    pairs = zip(work.model.members, ready.prepared, strict=True)
+    logits = [work.model.logits(member, case, uncertainty=work.gauged) for member, case in pairs]
     ready.seconds["network"] = time.perf_counter() - begin
     return logits
 
 
-def _whole(model: Model, case: CaseFiles, folder: MaskFolder, probabilities: bool) -> None:
-    ready = _read(model, case)
-    _finish(model, case, ready, _compute(model, ready), folder, probabilities)
+def _whole(work: _Work, case: CaseFiles) -> None:
+    ready = _read(work, case)
+    _finish(work, case, ready, _compute(work, ready))
 
 
-def _finish(
-    model: Model, case: CaseFiles, ready: _Ready, logits: list[torch.Tensor], folder: MaskFolder, probabilities: bool
-) -> None:
+def _finish(work: _Work, case: CaseFiles, ready: _Ready, logits: list[torch.Tensor]) -> None:
     begin = time.perf_counter()
-    prediction: Prediction = model.restore(logits, [p.placement for p in ready.prepared], probabilities)
+    model, folder = work.model, work.folder
+    placements = [p.placement for p in ready.prepared]
+    prediction: Prediction = model.restore(logits, placements, work.probabilities, ready.image_czyx, work.uncertainty)
     ready.seconds["restore"] = time.perf_counter() - begin
+    row = _row(case, ready, prediction.label_zyx, model.labels)
+    if work.judge is not None and ready.numbers is not None:
+        row |= work.judge.columns(model, placements, logits, prediction.label_zyx, ready.numbers)
     like = Path(case.images[0])
     folder.path.mkdir(parents=True, exist_ok=True)
-    row = _row(case, ready, prediction.label_zyx, model.labels)
     folder.begin(case, row)
     begin = time.perf_counter()
     if prediction.probabilities_czyx is not None:
         write_probabilities(folder.probabilities(case), prediction.probabilities_czyx, ready.image_grid, like)
+    if prediction.uncertainty_kzyx is not None:
+        write_probabilities(folder.uncertainty(case), prediction.uncertainty_kzyx, ready.image_grid, like)
     write_label(folder.mask(case), prediction.label_zyx, ready.image_grid, like)
     folder.end(case, {**row, "seconds_write": f"{time.perf_counter() - begin:.3f}"})
 

@@ -1,14 +1,13 @@
-"""Train: folds of a configuration, each resumed where it stopped, then validated on its own cases."""
+"""Train: folds of configurations in the order they need one another, each resumed where it stopped, then validated."""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from autoseg.datasets.splits import check_splits
 from autoseg.errors import CasesFailed, RunError
@@ -18,27 +17,24 @@ from autoseg.files.runs import RunFolder
 from autoseg.files.workspace import Workspace, save_record
 from autoseg.interrupts import Interrupts
 from autoseg.logs import SILENT, Reporter
+from autoseg.stages import cascade
+from autoseg.stages.budget import Budget, Pace, RandomCase, Share, case_seconds, duration, fit_length
 from autoseg.stages.evaluate import evaluate
-from autoseg.stages.figures import progress_figure
+from autoseg.stages.fold import train_fold
 from autoseg.stages.predict import predict_validation
 from autoseg.stages.preprocess import data_folder, preprocess
+from autoseg.stages.records import Options, make_record
 from autoseg.types.plan import Plan
-from autoseg.types.run import EpochRecord, RunRecord, TrainSpec
+from autoseg.types.run import RunRecord, TrainSpec
 
 if TYPE_CHECKING:
-    from autoseg.trainers.default import Job, Training
+    from autoseg.trainers.default import Job, Measured
+    from autoseg.trainers.sampling import PatchSource
 
-CHECKPOINT_SECONDS = 120.0  # between timed checkpoints
-FIGURE_SECONDS = 20.0  # between redraws of progress.png
+MEASURE_SECONDS = 4.0  # of training steps, before a time budget is divided
 
-
-@dataclass(frozen=True)
-class Options:
-    """Where and how to train; nothing here changes the result beyond rounding."""
-
-    device: str = "auto"
-    threads: int | None = None
-    restart: bool = False
+__all__ = ["Options", "train", "validate"]
+Key = tuple[str, int]  # run, fold
 
 
 def train(
@@ -53,35 +49,65 @@ def train(
 ) -> None:
     """Train and validate the wanted folds of the wanted configurations (all of them by default); finished ones are skipped.
 
+    A configuration that builds on a previous stage brings that stage with it, all folds of it, since every training case needs
+    the prediction of a network that has not seen it. With a time budget the epochs are chosen so that everything ends in time.
+
     Raises:
         RunError: unknown configuration or fold, or a run of that name was made with other settings.
         RecordError: plan or splits are invalid.
     """
+    begun = time.monotonic()
     plan, splits = workspace.plan(), workspace.splits()
-    dataset = workspace.dataset()
-    check_splits(splits, dataset.cases)
+    check_splits(splits, workspace.dataset().cases)
     names = list(configurations or plan.configurations)
     wanted = list(range(len(splits))) if folds is None else list(folds)
     _require_sense(plan, names, wanted, len(splits), name, spec)
-    plan_runs = [(n, name or n, fold) for n in names for fold in wanted]
-    records = {(run, fold): _record(workspace, plan, n, run, fold, spec, options) for n, run, fold in plan_runs}
-    preprocess(workspace, names, threads=options.threads, reporter=reporter)
-    records = {key: record.model_copy(update={"data": _data(workspace, record)}) for key, record in records.items()}
-    _tell_time(workspace, list(records.values()), options, reporter)
+    records = _records(workspace, plan, names, wanted, name, spec, options)
+    stages = [(plan.configurations[r.configuration].previous_stage, r.configuration) for r in records.values()]
+    needed = list(dict.fromkeys(name for pair in stages for name in pair if name is not None))
+    preprocess(workspace, needed, threads=options.threads, reporter=reporter)
+    work = _Work(workspace, options, reporter, interrupts or Interrupts())
+    budget = work.measure(records, spec, begun)
     if options.restart:
         for run, fold in records:
             RunFolder(workspace.fold(run, fold)).clear()
     failures: list[str] = []
-    for (run, fold), record in records.items():
-        folder = RunFolder(workspace.fold(run, fold))
-        if not folder.finished:
-            _train_fold(_job(workspace, record, options), folder, record, reporter, interrupts or Interrupts())
+    for key, record in records.items():
         try:
-            validate(workspace, run, fold, options, reporter)
+            work.fold(key, record, budget)
         except CasesFailed as error:
-            failures.append(f"validation of {run} fold {fold}: {error}")
+            failures.append(f"validation of {key[0]} fold {key[1]}: {error}")
     if failures:
         raise CasesFailed("\n".join(failures))
+
+
+def _records(
+    workspace: Workspace, plan: Plan, names: Sequence[str], folds: Sequence[int], name: str | None, spec: TrainSpec,
+    options: Options,
+) -> dict[Key, RunRecord]:
+    """Records of everything to train and validate, in the order of need.
+
+    Folds that only the next stage needs are left out once they are finished, and go on with their own settings if they were
+    begun with others.
+    """
+    records: dict[Key, RunRecord] = {}
+    for configuration in names:
+        previous = plan.configurations[configuration].previous_stage
+        if previous is None:
+            continue
+        cascade.case_folds(workspace, previous, configuration)  # before long work: every case needs a fold that has not seen it
+        for fold in range(len(workspace.splits())):
+            folder = RunFolder(workspace.fold(previous, fold))
+            if not folder.finished or (previous in names and fold in folds):
+                own = folder.record().spec if folder.record_path.exists() and previous not in names else spec
+                kept = options if previous in names else replace(options, restart=False, longer=False)
+                records[previous, fold] = make_record(workspace, plan, previous, previous, fold, own, kept)
+    for configuration in names:
+        for fold in folds:
+            run = name or configuration
+            if (run, fold) not in records:
+                records[run, fold] = make_record(workspace, plan, configuration, run, fold, spec, options)
+    return dict(sorted(records.items(), key=lambda item: item[1].previous is not None))  # stable: first stages first
 
 
 def _require_sense(plan: Plan, names: Sequence[str], folds: Sequence[int], count: int, name: str | None, spec: TrainSpec) -> None:
@@ -103,6 +129,142 @@ def _require_sense(plan: Plan, names: Sequence[str], folds: Sequence[int], count
         raise RunError(f"augment.mirror must list different axes between 0 and {max(dims) - 1}, found {list(mirror)}")
 
 
+class _Work:
+    """What training a fold needs to know, and how it is done."""
+
+    def __init__(self, workspace: Workspace, options: Options, reporter: Reporter, interrupts: Interrupts) -> None:
+        self.workspace, self.options, self.reporter, self.interrupts = workspace, options, reporter, interrupts
+
+    def fold(self, key: Key, record: RunRecord, budget: Budget | None) -> None:
+        """Train one fold, then segment and judge its validation cases; what is done already is skipped.
+
+        Raises:
+            CasesFailed: some validation cases failed.
+        """
+        folder = RunFolder(self.workspace.fold(*key))
+        if record.previous is not None:
+            cascade.prepare(
+                self.workspace, record.previous, record.configuration, device=self.options.device, reporter=self.reporter
+            )
+        if not folder.finished or folder.record().spec.epochs != record.spec.epochs:
+            if budget is not None:
+                record = record.model_copy(update={"spec": budget.length(key, record.spec)})
+            record = record.model_copy(update={"data": self._data(record)})
+            job = self._job(record, self._cases(record, record.split.train), self._cases(record, record.split.val))
+            begun, first = time.monotonic(), budget.shares[key].done if budget else 0
+            adjust = (lambda training: budget.adjust(key, training, begun, first)) if budget else (lambda training: None)
+            train_fold(job, folder, record, self.reporter, self.interrupts, adjust)
+        begun = time.monotonic()
+        validate(self.workspace, key[0], key[1], self.options, self.reporter)
+        if budget is not None and key in budget.shares:
+            budget.finish(key, time.monotonic() - begun)
+
+    def measure(self, records: Mapping[Key, RunRecord], spec: TrainSpec, begun: float) -> Budget | None:
+        """Measure a step of every configuration that has something to train; say how long it will take, or divide the budget.
+
+        With `restart` this also shows whatever is wrong with the settings before anything is removed.
+        """
+        options, total = self.options, 0.0
+        left = {key: record for key, record in records.items() if options.restart or not self._done(key, record)}
+        paces: dict[str, Pace] = {}
+        for configuration in dict.fromkeys(record.configuration for record in left.values()):
+            own = [record for record in left.values() if record.configuration == configuration]
+            pace = self._pace(own[0], seconds=MEASURE_SECONDS if options.time_budget_s else 0.0)
+            if pace is None:
+                continue
+            paces[configuration] = pace
+            steps = own[0].spec.total_steps * pace.per_step(own[0].spec)
+            total += steps * len(own)
+            if options.time_budget_s is None:
+                lengths = f"{own[0].spec.epochs} epochs of {own[0].spec.steps_per_epoch} steps"
+                self.reporter.info(
+                    f"{configuration}: {lengths}, measured {pace.step:.3g} s per step in {own[0].spec.precision}: about "
+                    f"{duration(steps)} per fold, {duration(steps * len(own))} for {len(own)} fold(s)"
+                )
+        if not paces:
+            return None
+        if options.time_budget_s is None:
+            self.reporter.info(f"training takes about {duration(total)} in all; each fold's cases are then validated")
+            return None
+        shares = {
+            key: Share(record.configuration, self._steps_done(key), len(record.split.val))
+            for key, record in left.items() if record.configuration in paces
+        }
+        budget = Budget(options.time_budget_s, spec, paces, shares, begun)
+        self._tell_choice(budget)
+        return budget
+
+    def _tell_choice(self, budget: Budget) -> None:
+        fitted = fit_length(budget.spec, budget.steps())
+        validation = sum(share.cases * budget.paces[share.configuration].case for share in budget.shares.values())
+        rates = ", ".join(f"{name} {pace.step:.3g} s" for name, pace in budget.paces.items())
+        self.reporter.info(
+            f"time budget {duration(budget.seconds)}, of which {duration(max(budget.left, 0))} are left for {len(budget.shares)} "
+            f"fold(s); a step takes {rates}, validation about {duration(validation)}: {fitted.epochs} epochs of "
+            f"{fitted.steps_per_epoch} steps for every fold, where the schedule ends; corrected by what steps really take"
+        )
+
+    def _done(self, key: Key, record: RunRecord) -> bool:
+        folder = RunFolder(self.workspace.fold(*key))
+        return folder.finished and folder.record().spec.epochs == record.spec.epochs
+
+    def _steps_done(self, key: Key) -> int:
+        folder = RunFolder(self.workspace.fold(*key))
+        return 0 if self.options.restart else folder.checkpoint_step()
+
+    def _pace(self, record: RunRecord, seconds: float) -> Pace | None:
+        """Measured seconds of a step, and with a budget of a validation case; None where training will say what is wrong."""
+        from autoseg.trainers.default import Training, measure_step
+
+        if record.previous is None:
+            cases: Sequence[PatchSource] = self._cases(record, record.split.train)
+        else:  # its previous stage may not be trained yet
+            case = self._cases(record.model_copy(update={"previous": None}), record.split.train[:1])[0]
+            cases = [RandomCase(case.shape, len(record.plan.channels), len(record.plan.labels.foreground))]
+        job = self._job(record, cases, [])
+        training = Training(job)
+        try:
+            measured = measure_step(job, seconds)
+        except RunError:  # it will come up in training, with the cases that caused it
+            return None
+        self._tell_memory(record, measured)
+        budgeted = self.options.time_budget_s is not None
+        return Pace(measured.seconds, case_seconds(self.workspace, record, training.network, job.device) if budgeted else 0.0)
+
+    def _tell_memory(self, record: RunRecord, measured: Measured) -> None:
+        """Say what one real step needed, and warn where that is more than was planned for."""
+        if measured.peak_bytes is None:
+            return
+        peak, planned = measured.peak_bytes / 2**30, record.plan.gpu_memory_gb
+        self.reporter.info(f"{record.configuration}: one step needs {peak:.2f} GB of GPU memory (planned for {planned:g} GB)")
+        if peak > planned:
+            self.reporter.warn(f"{record.configuration} needs more than planned; --planner fit keeps to the memory it is given")
+
+    def _cases(self, record: RunRecord, names: Sequence[str]) -> Sequence[StoredCase]:
+        folder = data_folder(self.workspace, self.workspace.plan(), record.configuration)
+        if record.previous is not None:
+            return cascade.open_cases(self.workspace, record.previous, record.configuration, names)
+        return [open_case(folder / name) for name in names]
+
+    def _data(self, record: RunRecord) -> str:
+        """One hash of all images and labels, as preprocessed, that the fold sees, and of the previous stage's segmentations."""
+        cases = self._cases(record, (*record.split.train, *record.split.val))
+        return digest([case.key for case in cases])
+
+    def _job(self, record: RunRecord, training: Sequence[PatchSource], validation: Sequence[PatchSource]) -> Job:
+        from autoseg.networks.hardware import pick_device, pick_precision
+        from autoseg.trainers.default import Job
+
+        device = pick_device(self.options.device)
+        threads = self.options.threads if self.options.threads is not None else (1 if device.type == "cpu" else min(8, cores()))
+        previous = len(record.plan.labels.foreground) if record.previous is not None else 0
+        plan, precision = record.plan, pick_precision(device, record.spec.precision)
+        return Job(
+            plan.configurations[record.configuration], plan.labels, len(plan.channels), record.spec, record.fold, training,
+            validation, device, precision, threads, previous,
+        )
+
+
 def validate(workspace: Workspace, run: str, fold: int, options: Options, reporter: Reporter) -> None:
     """Predict and evaluate the fold's validation cases; writes validation/report.json."""
     folder = RunFolder(workspace.fold(run, fold))
@@ -111,236 +273,10 @@ def validate(workspace: Workspace, run: str, fold: int, options: Options, report
         return
     record = folder.record()
     predict_validation(workspace, [run], fold, folder.validation, reporter, options.device, record.spec.precision)
-    references = {c.case: Path(c.label) for c in workspace.dataset().cases if c.case in set(record.split.val) and c.label}
-    report = evaluate(folder.validation, references, labels=record.plan.labels, reporter=reporter)
+    cases = workspace.dataset().cases
+    references = {c.case: Path(c.label) for c in cases if c.case in set(record.split.val) and c.label}
+    report = evaluate(folder.validation, references, labels=record.plan.labels, reporter=reporter, cases=cases)
     save_record(report_path, report)
     reporter.info(
         f"{run} fold {fold}: mean foreground Dice {report.foreground_mean.get('dice') or 0:.4f} on {len(references)} cases"
     )
-
-
-def _record(
-    workspace: Workspace, plan: Plan, configuration: str, run: str, fold: int, spec: TrainSpec, options: Options
-) -> RunRecord:
-    """The record of this run; an existing one must agree with it."""
-    from autoseg.networks.hardware import pick_device, pick_precision
-
-    folder = RunFolder(workspace.fold(run, fold))
-    old = folder.record() if folder.record_path.exists() and not options.restart else None
-    device = pick_device(options.device)
-    wanted = old.spec.precision if old is not None and spec.precision == "auto" else spec.precision
-    resolved = spec.model_copy(update={"precision": pick_precision(device, wanted)})
-    split = workspace.splits()[fold]
-    own = plan.model_copy(
-        update={
-            "configurations": {
-                configuration: plan.configurations[configuration].model_copy(
-                    update={"next_stage": None, "previous_stage": None, "inherits_from": None}
-                )
-            }
-        }
-    )
-    record = RunRecord(
-        name=run,
-        configuration=configuration,
-        fold=fold,
-        spec=resolved,
-        plan=own,
-        split=split,
-        data="",
-        device=str(device),
-        versions=_versions(),
-    )
-    others = [] if options.restart else [p for p in (workspace.runs / run).glob("fold_*") if p != folder.path]
-    siblings = [sibling.record() for sibling in map(RunFolder, others) if sibling.record_path.exists()]
-    for other in [*([old] if old is not None else []), *siblings]:
-        differences = _differences(other.model_dump(mode="json"), record.model_dump(mode="json"), same_fold=other is old)
-        if differences:
-            raise RunError(
-                f"run {run!r} fold {other.fold} exists already and was made with other settings:\n  "
-                + "\n  ".join(differences[:12])
-                + "\ngive --name NEW to train beside it, or --restart to replace it"
-            )
-    return record
-
-
-def _differences(old: Any, new: Any, where: str = "", same_fold: bool = True) -> list[str]:
-    ignored = {"device", "versions", "data", "plan.notes", "plan.planner", "plan.gpu_memory_gb"}
-    if not same_fold:  # folds are combined at prediction: what shapes images and network must agree
-        ignored |= {"fold", "split", *(f"spec.{key}" for key in TrainSpec.model_fields if key != "augment")}
-    if where in ignored:
-        return []
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = dict.fromkeys([*old, *new])
-        inside = [(key, f"{where}.{key}" if where else key) for key in keys]
-        return [line for key, path in inside for line in _differences(old.get(key), new.get(key), path, same_fold)]
-    return [] if old == new else [f"{where}: {str(old)[:100]} (in run.json), {str(new)[:100]} (wanted)"]
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in ("autoseg-framework", "torch", "numpy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "unknown"
-    return found
-
-
-def _opened(workspace: Workspace, record: RunRecord, cases: Sequence[str]) -> list[StoredCase]:
-    folder = data_folder(workspace, workspace.plan(), record.configuration)
-    return [open_case(folder / case) for case in cases]
-
-
-def _data(workspace: Workspace, record: RunRecord) -> str:
-    """One hash of all images and labels, as preprocessed, that the fold sees."""
-    return digest([case.key for case in _opened(workspace, record, (*record.split.train, *record.split.val))])
-
-
-def _job(workspace: Workspace, record: RunRecord, options: Options) -> Job:
-    from autoseg.networks.hardware import pick_device, pick_precision
-    from autoseg.trainers.default import Job
-
-    device = pick_device(options.device)
-    threads = options.threads if options.threads is not None else (1 if device.type == "cpu" else min(8, cores()))
-    return Job(
-        record.plan.configurations[record.configuration],
-        record.plan.labels,
-        len(record.plan.channels),
-        record.spec,
-        record.fold,
-        _opened(workspace, record, record.split.train),
-        _opened(workspace, record, record.split.val),
-        device,
-        pick_precision(device, record.spec.precision),
-        threads,
-    )
-
-
-def _tell_time(workspace: Workspace, records: Sequence[RunRecord], options: Options, reporter: Reporter) -> None:
-    """Measure a step of every configuration that has something to train, and say how long all of it will take.
-
-    With `restart` this also shows whatever is wrong with the settings before anything is removed.
-    """
-    from autoseg.trainers.default import Training, seconds_per_step
-
-    total = 0.0
-    for configuration in dict.fromkeys(record.configuration for record in records):
-        own = [record for record in records if record.configuration == configuration]
-        left = [r for r in own if options.restart or not RunFolder(workspace.fold(r.name, r.fold)).finished]
-        if not left:
-            continue
-        job = _job(workspace, left[0], options)
-        Training(job)
-        try:
-            step = seconds_per_step(job)
-        except RunError:  # it will come up in training, with the cases that caused it
-            continue
-        spec = job.spec
-        steps = spec.total_steps + (0.35 * spec.epochs * spec.val_steps if job.validation else 0)
-        total += steps * step * len(left)
-        reporter.info(
-            f"{configuration}: {spec.epochs} epochs of {spec.steps_per_epoch} steps, measured {step:.3g} s per step on "
-            f"{job.device} in {job.precision}: about {duration(steps * step)} per fold, "
-            f"{duration(steps * step * len(left))} for {len(left)} fold(s)"
-        )
-    if total:
-        reporter.info(f"training takes about {duration(total)} in all; each fold's cases are then validated")
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them: 42 s, 17 min, 3 h 05 min, 4 d 2 h."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    if minutes < 48 * 60:
-        return f"{minutes // 60} h {minutes % 60:02d} min"
-    return f"{minutes // 1440} d {minutes % 1440 // 60} h"
-
-
-def _train_fold(job: Job, folder: RunFolder, record: RunRecord, reporter: Reporter, interrupts: Interrupts) -> None:
-    from autoseg.networks.hardware import is_out_of_memory
-    from autoseg.trainers.default import State, Training
-
-    folder.remove_leftovers()
-    training = Training(job)
-    checkpoint = folder.load_checkpoint()
-    if checkpoint is not None and folder.record_path.exists() and folder.record().data != record.data:
-        raise RunError(
-            f"the images or labels of run {record.name!r} fold {record.fold} changed since its training began; "
-            "give --restart to begin anew with them, or --name NEW to train beside it"
-        )
-    if checkpoint is not None:
-        training.restore(State(*checkpoint))
-    epochs = [e for e in folder.metrics() if e.epoch < training.epoch]
-    folder.save_record(record)
-    log = _Log(training, folder, epochs)
-    name = f"{record.name} fold {record.fold}"
-    if training.step:
-        reporter.info(f"{name}: going on from step {training.step} of {job.spec.total_steps}")
-    with interrupts.deferred(), reporter.task(name, job.spec.total_steps, "steps") as task:
-        task.advance(training.step, log.note())
-
-        def after_step() -> None:
-            if interrupts.signum is not None:
-                log.checkpoint()
-                interrupts.raise_if_requested()
-            log.checkpoint_if_due()
-            task.advance(1, log.note())
-
-        try:
-            for epoch in training.run(after_step):
-                log.add(epoch)
-                task.advance(0, log.note())
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise RunError(
-                f"out of memory at step {training.step} with batch {training.batch_size} on {job.device}; the last checkpoint is "
-                "intact. Train with a smaller --set batch_size=..., or plan for less with --replan --gpu-memory. "
-                f"torch says: {str(error).splitlines()[0][:120]}"
-            ) from None
-        folder.save_weights(training.weights())
-    log.draw()
-    interrupts.raise_if_requested()
-
-
-class _Log:
-    """Keeps the metrics, the picture and the checkpoints of one fold up to date."""
-
-    def __init__(self, training: Training, folder: RunFolder, epochs: list[EpochRecord]) -> None:
-        self.training, self.folder, self.epochs = training, folder, epochs
-        self._saved = self._drawn = time.monotonic()
-        self._cost = 0.0
-
-    def add(self, epoch: EpochRecord) -> None:
-        self.epochs.append(epoch)
-        self.folder.save_metrics(self.epochs)
-        if time.monotonic() - self._drawn > FIGURE_SECONDS:
-            self.draw()
-
-    def draw(self) -> None:
-        progress_figure(self.folder.path / "progress.png", [e.model_dump() for e in self.epochs])
-        self._drawn = time.monotonic()
-
-    def checkpoint(self) -> None:
-        begin = time.monotonic()
-        state = self.training.state()
-        self.folder.save_checkpoint(self.training.step, state.tensors, state.numbers)
-        self._saved = time.monotonic()
-        self._cost = self._saved - begin
-
-    def checkpoint_if_due(self) -> None:
-        if time.monotonic() - self._saved > max(CHECKPOINT_SECONDS, 50 * self._cost):
-            self.checkpoint()
-
-    def note(self) -> str:
-        spec = self.training.job.spec
-        text = f"epoch {min(self.training.epoch + 1, spec.epochs)}/{spec.epochs}"
-        if self.epochs:
-            last = self.epochs[-1]
-            dice = " ".join("-" if d is None else f"{d:.2f}" for d in list(last.pseudo_dice.values())[:6])
-            text += f", loss {last.train_loss:.3f}, pseudo Dice {dice}" if last.pseudo_dice else f", loss {last.train_loss:.3f}"
-        return text

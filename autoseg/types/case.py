@@ -44,8 +44,12 @@ class Placement:
 
 @dataclass(frozen=True)
 class Preprocessed:
-    """A case ready for the network: float32 image, int16 inside labels (-1 outside the nonzero mask), and its placement."""
+    """A case ready for the network: float32 image, int16 inside labels (-1 outside the nonzero mask), and its placement.
+
+    `previous` is the case made ready for the network of the previous stage, where the network takes its segmentation as input.
+    """
 
     image_czyx: NDArray[np.float32]
     label_zyx: NDArray[np.int16] | None
     placement: Placement
+    previous: Preprocessed | None = None

@@ -18,6 +18,7 @@ class CaseFiles(Record):
     label: str | None = None
     group: str | None = None
     fold: int | None = None
+    attributes: dict[str, str] = {}  # further manifest columns (site, scanner, ...), for results by group
 
 
 class Dataset(Record):

@@ -28,6 +28,7 @@ class LabelFingerprint(Record):
     components: int
     mean_intensity: tuple[float, ...]
     std_intensity: tuple[float, ...]
+    centre: Vector | None = None  # centroid as a share of the image's extent (0 to 1), z, y, x
 
 
 class CaseFingerprint(Record):

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from autoseg.types.dataset import Split
-from autoseg.types.plan import Plan
+from autoseg.types.plan import Configuration, Ints, Plan
 from autoseg.types.record import Record
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
@@ -23,7 +23,7 @@ class LossSpec(Record):
 class AugmentSpec(Record):
     """The augmentation; `mirror` lists the patch's axes that may be flipped, in training and at prediction.
 
-    None means all of them. They count from 0 in the order of `patch_size`: in 2D 0 and 1 are the last two axes of the volume."""
+    None means those that the plan allows. They count from 0 in the order of `patch_size`: in 2D 0 and 1 are the last two axes of the volume."""
 
     kind: str = "default"
     mirror: tuple[int, ...] | None = None
@@ -80,6 +80,13 @@ class TrainSpec(Record):
         """Training steps of the whole run."""
         return self.epochs * self.steps_per_epoch
 
+    def mirror_axes(self, configuration: Configuration) -> Ints:
+        """Axes of the patch that are flipped: what the user says, else what the plan says, else all of them."""
+        for axes in (self.augment.mirror, configuration.mirror_axes):
+            if axes is not None:
+                return axes
+        return tuple(range(configuration.dims))
+
 
 class RunRecord(Record):
     """run.json: what a fold was trained with. Two runs with equal records (versions and device apart) are the same run."""
@@ -93,6 +100,8 @@ class RunRecord(Record):
     split: Split
     data: str
     device: str
+    previous: str | None = None  # the run of the configuration's previous stage, whose segmentation is part of the input
+    extended: tuple[int, ...] = ()  # epochs at which the run had been finished before it was made longer
     versions: dict[str, str] = {}
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 KEYS = {"code", "severity", "case", "file", "expected", "found", "fix"}
-RECORDS = {"dataset.json", "fingerprint.json", "plan.json", "splits.json"}
+RECORDS = {"dataset.json", "fingerprint.json", "plan.json", "plan.schema.json", "splits.json"}
 
 
 @pytest.fixture(scope="module")
@@ -85,11 +85,11 @@ def test_what_is_no_data_set_is_refused_with_the_accepted_forms(cli, tmp_path):
     assert not (tmp_path / "work").exists()
 
 
-def test_one_case_is_refused_with_the_number_that_is_needed(cli, tmp_path):
+def test_the_only_case_is_trained_and_validated_on_and_the_plan_says_so(cli, tmp_path):
     image = np.random.default_rng(0).normal(size=(8, 8, 8)).astype(np.float32)
     write_pair(tmp_path / "data", "only", image, (image > 0).astype(np.uint8))
-    cli.call("plan", tmp_path / "data", "--out", tmp_path / "work").refused("at least 2 cases", "found 1 case")
-    assert not (tmp_path / "work").exists()
+    assert "there is one case" in cli.call("plan", tmp_path / "data", "--out", tmp_path / "work").ok().out
+    assert json.loads((tmp_path / "work" / "splits.json").read_text()) == [{"train": ["only"], "val": ["only"]}]
 
 
 def test_plan_leaves_four_records_that_a_person_can_read(cli, planned, chest):
@@ -109,7 +109,7 @@ def test_plan_leaves_four_records_that_a_person_can_read(cli, planned, chest):
 def test_records_are_written_with_short_lists_on_one_line(cli, chest, tmp_path):
     cli.call("plan", chest, "--out", tmp_path / "work").ok()
     lines = (tmp_path / "work" / "plan.json").read_text().splitlines()
-    assert any('"patch_size": [' in line and "]" in line for line in lines) and len(lines) < 120
+    assert any('"patch_size": [' in line and "]" in line for line in lines) and len(lines) < 250
 
 
 def test_planning_again_changes_no_record(cli, chest, tmp_path):

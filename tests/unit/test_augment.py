@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from autoseg.arrays.cascade import one_hot
 from autoseg.trainers import augment
-from autoseg.trainers.augment import AugmentParams, DefaultAugmentation, Step, source_box
+from autoseg.trainers.augment import AugmentParams, DefaultAugmentation, Morph, Removal, Step, source_box
 from autoseg.types.plan import Configuration
 
 CUBE = (12, 12, 12)
@@ -359,3 +360,90 @@ def test_everything_drawn_at_random_can_be_applied_and_gives_finite_patches_agai
         first, second = (run(augmentation, image, label, params, (False, True)) for _ in range(2))
         assert np.isfinite(first[0]).all() and set(np.unique(first[1])) <= {0, 1, 2, 3}
         assert np.array_equal(first[0], second[0]) and np.array_equal(first[1], second[1])
+
+
+class TestPreviousStage:
+    DRAWS = 10_000
+
+    def augmentation(self, labels: int = 2) -> DefaultAugmentation:
+        return DefaultAugmentation.from_configuration(configuration(CUBE), 1, None, labels)
+
+    @pytest.fixture(scope="class")
+    def drawn(self) -> list[AugmentParams]:
+        rng = np.random.default_rng(0)
+        augmentation = self.augmentation()
+        return [augmentation.make_params(rng) for _ in range(self.DRAWS)]
+
+    def test_without_a_previous_stage_nothing_is_drawn_for_it_and_with_one_the_rest_stays(self) -> None:
+        for seed in range(50):
+            plain = self.augmentation(0).make_params(np.random.default_rng(seed))
+            other = self.augmentation(3).make_params(np.random.default_rng(seed))
+            assert plain.morphs == plain.removals == ()
+            assert (plain.steps, plain.mirror) == (other.steps, other.mirror)
+            assert plain.matrix is other.matrix or np.array_equal(plain.matrix, other.matrix)  # type: ignore[arg-type]
+
+    def test_each_label_is_morphed_by_chance_of_4_in_10_times_a_half_and_loses_a_component_by_2_in_10_times_a_half(
+        self, drawn: list[AugmentParams]
+    ) -> None:
+        for label in (1, 2):
+            assert np.mean([any(m.label == label for m in p.morphs) for p in drawn]) == pytest.approx(0.2, abs=0.015)
+            assert np.mean([any(r.label == label for r in p.removals) for p in drawn]) == pytest.approx(0.1, abs=0.015)
+        assert np.mean([bool(p.morphs) for p in drawn]) == pytest.approx(0.4 * 0.75, abs=0.015)
+        assert np.mean([bool(p.removals) for p in drawn]) == pytest.approx(0.2 * 0.75, abs=0.015)
+        assert all(len({m.label for m in p.morphs}) == len(p.morphs) for p in drawn)
+
+    def test_operations_are_drawn_equally_and_radii_fill_1_to_8_in_any_order_of_labels(self, drawn: list[AugmentParams]) -> None:
+        morphs = [m for p in drawn for m in p.morphs]
+        for operation in ("dilate", "erode", "open", "close"):
+            assert np.mean([m.operation == operation for m in morphs]) == pytest.approx(0.25, abs=0.03)
+        radii = np.array([m.radius for m in morphs])
+        assert 1 <= radii.min() < 1.05 and 7.95 < radii.max() <= 8 and radii.mean() == pytest.approx(4.5, abs=0.15)
+        assert np.mean([p.morphs[0].label == 1 for p in drawn if len(p.morphs) == 2]) == pytest.approx(0.5, abs=0.05)
+        choices = np.array([r.choice for p in drawn for r in p.removals])
+        assert 0 <= choices.min() < 0.01 and 0.99 < choices.max() < 1
+
+    def apply(
+        self, augmentation: DefaultAugmentation, label: NDArray[np.int16], previous: NDArray[np.int16], params: AugmentParams
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        start = (9, 9, 9)
+        low, high = source_box(start, CUBE, params.matrix)
+        box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
+        centre = np.asarray(start) + (np.asarray(CUBE) - 1) / 2 - np.asarray(low)
+        image = torch.from_numpy(smooth((1, *label.shape))[(slice(None), *box)].copy())
+        crops = [torch.from_numpy(array[box].copy()) for array in (label, previous)]
+        kept = crops[1].clone()
+        result = augmentation.apply(image, crops[0], centre, params, (False,), crops[1])
+        assert torch.equal(crops[1], kept), "what was read must stay as it is"
+        return result
+
+    @pytest.mark.parametrize("matrix", [None, random_matrix(1), random_matrix(2, in_plane=True)])
+    @pytest.mark.parametrize("mirror", [(), (0,), (1, 2), (0, 1, 2)])
+    def test_it_turns_and_flips_with_the_label(self, matrix: NDArray[np.float64] | None, mirror: tuple[int, ...]) -> None:
+        _, label = scene()
+        image, new_label = self.apply(self.augmentation(3), label, label, AugmentParams(matrix, (), mirror))
+        assert image.shape == (4, *CUBE) and image.dtype == torch.float32
+        assert len(new_label.unique()) > 2 and torch.equal(image[1:], one_hot(new_label, 3))
+
+    def test_intensity_changes_leave_its_channels_alone(self) -> None:
+        _, label = scene()
+        steps = (Step("noise", ((0.1,),), 3), Step("brightness", ((1.2,),)), Step("gamma", ((0.8,),)))
+        image, new_label = self.apply(self.augmentation(3), label, label, AugmentParams(steps=steps))
+        assert torch.equal(image[1:], one_hot(new_label, 3))
+
+    def test_labels_are_morphed_in_order_on_the_mirrored_patch_and_then_lose_a_component(self) -> None:
+        previous = np.zeros((30, 30, 30), np.int16)
+        previous[12, 12, 11], previous[12, 12, 13], previous[18, 18, 18] = 1, 2, 1  # in the patch 9 less, then x mirrored
+        morphs = (Morph(2, "dilate", 2.0), Morph(1, "dilate", 1.0))
+        params = AugmentParams(mirror=(2,), morphs=morphs, removals=(Removal(1, 0.0),))
+        image, _ = self.apply(self.augmentation(), np.zeros_like(previous), previous, params)
+        first, second = image[1].bool(), image[2].bool()
+        places = np.indices(CUBE)
+        grown = ((places - np.reshape((3, 3, 7), (3, 1, 1, 1))) ** 2).sum(0) <= 4
+        assert np.array_equal(second.numpy(), grown), "the second label took the voxel of the first, which was then empty there"
+        assert not first.any(), "its other component had the size of a ball of radius 1 and was removed"
+
+    def test_it_must_be_given_exactly_when_it_is_wanted(self) -> None:
+        image, label = torch.zeros(1, *CUBE), torch.zeros(CUBE, dtype=torch.int16)
+        for augmentation, previous in ((self.augmentation(0), label), (self.augmentation(2), None)):
+            with pytest.raises(ValueError, match="exactly when the network takes it as input"):
+                augmentation.apply(image, label, np.full(3, 5.5), AugmentParams(), (False,), previous)

@@ -1,19 +1,12 @@
-"""Largest components against scipy's labelling, and the rules of post-processing."""
+"""Largest components against scipy's labelling."""
 
 from __future__ import annotations
 
 import numpy as np
-import pytest
 from scipy.ndimage import generate_binary_structure
 from scipy.ndimage import label as scipy_label
 
-from autoseg.arrays.components import apply_postprocessing, bounding_box, keep_largest
-from autoseg.errors import PluginError
-from autoseg.types.record import Spec
-
-
-def largest(*labels):
-    return Spec(kind="largest_component", options={"labels": list(labels)})
+from autoseg.arrays.components import bounding_box, keep_largest
 
 
 def test_the_largest_component_is_the_one_scipy_finds():
@@ -52,24 +45,6 @@ def test_equally_large_components_all_stay_and_an_empty_mask_stays_empty():
     mask[0, 1, [0, 1, 3, 4, 7]] = True
     assert keep_largest(mask)[0, 1].tolist() == [1, 1, 0, 1, 1, 0, 0, 0, 0]
     assert not keep_largest(np.zeros((2, 3, 4), bool)).any()
-
-
-def test_labels_of_one_step_are_one_mask_and_removed_voxels_become_background():
-    index = np.array([[[1, 1, 2, 0, 2, 0, 1, 3]]], np.int16)
-    before = index.copy()
-    assert apply_postprocessing(index, [largest(1, 2)])[0, 0].tolist() == [1, 1, 2, 0, 0, 0, 0, 3]
-    assert apply_postprocessing(index, [largest(1)])[0, 0].tolist() == [1, 1, 2, 0, 2, 0, 0, 3]
-    assert apply_postprocessing(index, [largest(1), largest(2)])[0, 0].tolist() == [1, 1, 2, 0, 2, 0, 0, 3]
-    np.testing.assert_array_equal(index, before)
-    assert apply_postprocessing(index, [largest(1)]).dtype == np.int16
-    assert apply_postprocessing(index, []) is index
-
-
-def test_an_unknown_step_is_refused_with_the_choices():
-    with pytest.raises(PluginError, match="unknown post-processing 'crf'; choose from largest_component"):
-        apply_postprocessing(np.zeros((1, 1, 1), int), [Spec(kind="crf")])
-    with pytest.raises(PluginError, match="needs one option, labels"):
-        apply_postprocessing(np.zeros((1, 1, 1), int), [Spec(kind="largest_component", options={"label": 1})])
 
 
 def test_a_bounding_box_holds_every_true_voxel_and_no_more():

@@ -9,8 +9,18 @@ import pytest
 
 from autoseg.errors import DatasetError, GeometryError
 from autoseg.files.images import write_label
-from autoseg.files.workspace import load_record, save_record
-from autoseg.stages.evaluate import evaluate, find_masks, merge_reports, report_table
+from autoseg.files.workspace import Workspace, load_record, save_record
+from autoseg.stages.evaluate import (
+    definition_lines,
+    evaluate,
+    evaluate_folder,
+    find_masks,
+    group_table,
+    lesion_table,
+    merge_reports,
+    report_table,
+)
+from autoseg.types.dataset import CaseFiles, Dataset
 from autoseg.types.geometry import Grid
 from autoseg.types.labels import Label, Labels, Region
 from autoseg.types.record import Spec
@@ -88,8 +98,10 @@ def test_the_json_has_the_promised_keys_and_no_nan(folders, tmp_path):
     data = json.loads(text)
     assert set(data) >= {"cases", "mean", "foreground_mean", "definitions", "tolerance_mm", "format"}
     assert set(data["cases"][0]) >= {"case", "metrics"}
-    names = {"dice", "iou", "sensitivity", "specificity", "precision", "hd95", "nsd", "volume_error"}
-    assert set(data["cases"][0]["metrics"]["liver"]) == names | {"n_reference", "n_prediction"}
+    names = {"dice", "iou", "sensitivity", "specificity", "precision", "hd", "hd95", "assd", "nsd", "volume_error",
+             "volume_error_abs", "volume_error_ml", "lesion_recall", "lesion_precision", "lesion_f1", "lesion_false_positives"}
+    counts = {"n_reference", "n_prediction", "lesions_reference", "lesions_prediction", "lesions_found"}
+    assert set(data["cases"][0]["metrics"]["liver"]) == names | counts
     assert set(data["mean"]["tumour"]) == set(data["foreground_mean"]) == names
     assert load_record(tmp_path / "report.json", Report) == report
     assert names <= set(data["definitions"])
@@ -246,3 +258,109 @@ def test_a_report_without_cases_has_no_values():
     report = Report.of([])
     assert report.mean == {} and report.foreground_mean == {} and report_table(report)[0][0] == "label"
     assert Report.of([CaseMetrics(case="a", metrics={"x": {"dice": None}})]).foreground_mean == {"dice": None}
+
+
+def cases_of(*groups, **columns):
+    """CaseFiles a, b, ... with a patient and a value of each column."""
+    found = []
+    for i, (name, group) in enumerate(zip("abc", groups, strict=True)):
+        attributes = {column: values[i] for column, values in columns.items() if values[i]}
+        found.append(CaseFiles(case=name, images=(), group=group, attributes=attributes))
+    return found
+
+
+def test_intervals_go_over_patients_and_hold_the_mean(folders):
+    report = evaluate(*folders, LABELS)
+    assert report.patients == 3
+    low, high = report.intervals["liver"]["dice"]
+    assert low <= report.mean["liver"]["dice"] <= high and low < high
+    assert "hd95" not in report.intervals["tumour"]  # one case defines it
+    low, high = report.foreground_intervals["dice"]
+    assert low <= report.foreground_mean["dice"] <= high
+    together = evaluate(*folders, LABELS, cases=cases_of("p", "p", "q"))
+    assert together.patients == 2 and together.cases[0].patient == "p"
+    assert together.intervals["liver"]["dice"] != report.intervals["liver"]["dice"]
+    assert evaluate(*folders, LABELS, cases=cases_of("p", "p", "p")).intervals == {"liver": {}, "tumour": {}}
+
+
+def test_patients_are_recognised_in_names_when_nothing_else_is_known(tmp_path):
+    for number in range(12):
+        write(tmp_path / "truth", f"patient{number // 2:02d}_frame{number % 2}", scene((3, (0, 2), (0, 2), (0, 2))))
+    report = evaluate(tmp_path / "truth", tmp_path / "truth", LABELS)
+    assert report.patients == 6 and report.cases[3].patient == "patient01"
+
+
+def test_results_are_given_for_each_value_of_a_manifest_column(folders):
+    cases = cases_of("p", "q", "r", site=("Basel", "Basel", ""), age=("61", "62", "63"), one=("x", "x", "x"))
+    report = evaluate(*folders, LABELS, cases=cases)
+    assert list(report.groups) == ["site"]  # a column with a value of its own for each case, or only one, makes no groups
+    assert report.group_cases == {"site": {"Basel": 2, "(not stated)": 1}}
+    assert report.groups["site"]["Basel"]["liver"]["dice"] == pytest.approx(0.75)
+    assert report.groups["site"]["(not stated)"]["tumour"]["dice"] == 0
+    assert group_table(report)[1:] == [
+        ["site", "Basel", "2", "0.7500", "0.5000"], ["site", "(not stated)", "1", "1.0000", "0.0000"]]
+    assert report.cases[0].attributes == {"site": "Basel", "age": "61", "one": "x"}
+    assert group_table(evaluate(*folders, LABELS)) == [["column", "value", "cases", "liver", "tumour"]]
+
+
+def test_lesions_are_counted_by_size_over_all_cases(folders):
+    report = evaluate(*folders, LABELS)  # a tumour has 4 voxels of 0.001 ml
+    assert report.lesions["tumour"]["<0.01 ml"].model_dump() == {"reference": 2, "found": 1, "prediction": 2, "false": 1}
+    assert report.lesions["liver"]["0.01-0.1 ml"].model_dump() == {"reference": 3, "found": 3, "prediction": 3, "false": 0}
+    assert lesion_table(report)[1:] == [["liver", "0.01-0.1 ml", "3", "3", "3", "0"], ["tumour", "<0.01 ml", "2", "1", "2", "1"]]
+    assert report.mean["tumour"]["lesion_false_positives"] == pytest.approx(1 / 3)
+    assert report.cases[1].lesions["tumour"]["<0.01 ml"].found == 0
+
+
+def test_definitions_are_printed_with_the_tolerances_that_were_used(folders):
+    lines = definition_lines(evaluate(*folders, LABELS))
+    assert any(line.startswith("nsd: ") and "surface Dice" in line for line in lines)
+    assert lines[-1] == "tolerance of NSD: 1 mm; intervals over 3 patients"
+    assert definition_lines(Report.of([]))[-1] == "tolerance of NSD: none mm; intervals over 0 patients"
+
+
+def test_a_dataset_json_beside_or_above_the_references_names_the_labels(folders):
+    found, truth = folders
+    (truth.parent / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "liver": 3, "tumour": 7}}))
+    assert evaluate_folder(found, truth) == evaluate(found, truth, LABELS)
+    (truth / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "organ": [3, 7], "tumour": 7},
+                                                    "regions_class_order": [3, 7]}))
+    assert list(evaluate_folder(found, truth).mean) == ["organ", "tumour"]
+
+
+def test_a_manifest_brings_references_patients_and_columns(folders, tmp_path):
+    found, _ = folders
+    rows = [f"{c},truth/{c}.nii.gz,truth/{c}.nii.gz,p{c},{site}" for c, site in zip("abc", "xyx", strict=True)]
+    (tmp_path / "cases.csv").write_text("\n".join(["case,image,label,group,site", *rows]))
+    report = evaluate_folder(found, tmp_path / "cases.csv")
+    assert list(report.mean) == ["3", "7"] and report.cases[2].patient == "pc"
+    assert report.group_cases == {"site": {"x": 2, "y": 1}}
+    (found / "b.nii.gz").unlink()
+    log = Log()
+    assert [case.case for case in evaluate_folder(found, tmp_path / "cases.csv", reporter=log).cases] == ["a", "c"]
+    assert "2 of 3 labelled cases" in log.warnings[0]
+    for path in found.iterdir():
+        path.unlink()
+    with pytest.raises(DatasetError, match="3 of 3 cases have a reference and no prediction"):
+        evaluate_folder(found, tmp_path / "cases.csv")
+    (tmp_path / "bare.csv").write_text("case,image,label\na,truth/a.nii.gz,\n")
+    with pytest.raises(DatasetError, match="label column"):
+        evaluate_folder(found, tmp_path / "bare.csv")
+
+
+def test_a_work_folder_brings_references_and_declared_labels(folders, tmp_path):
+    found, truth = folders
+    cases = tuple(case.model_copy(update={"label": str(truth / f"{case.case}.nii.gz")}) for case in cases_of("p", "p", "q"))
+    work = Workspace(tmp_path / "work")
+    dataset = Dataset(name="d", source="folder", root=str(tmp_path), channels=("CT",), labels=LABELS, cases=cases)
+    save_record(work.dataset_path, dataset)
+    work.plan_path.write_text("{}")
+    assert evaluate_folder(found, work.root) == evaluate(found, truth, LABELS, cases=cases)
+
+
+def test_merged_folds_keep_patients_and_columns(folders):
+    found, truth = folders
+    paths, cases = find_masks(truth), cases_of("p", "p", "q", site=("x", "y", "x"))
+    folds = [{case: path for case, path in paths.items() if case in fold} for fold in ("bc", "a")]
+    parts = [evaluate(found, fold, LABELS, cases=cases) for fold in folds]
+    assert merge_reports(parts) == evaluate(found, truth, LABELS, cases=cases)

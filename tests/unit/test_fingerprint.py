@@ -59,6 +59,8 @@ def test_a_hand_made_scene_is_measured_exactly(tmp_path: Path) -> None:
     assert (organ.voxels, organ.components, organ.mean_intensity, organ.std_intensity) == (8, 1, (10,), (0,))
     assert organ.volume_ml == pytest.approx(8 * 24 / 1000)
     assert (lesion.voxels, lesion.components, lesion.mean_intensity, lesion.std_intensity) == (2, 2, (30,), (10,))
+    assert organ.centre == pytest.approx((3 / 6, 3 / 8, 3 / 10))  # of the whole image, not of the part that is not zero
+    assert lesion.centre == pytest.approx((3 / 6, 4 / 8, 7.5 / 10))
     assert len(case.content) == 32
     assert found.median_relative_size_after_cropping == pytest.approx(0.3)
     statistics = found.intensities[0]
@@ -112,6 +114,21 @@ def test_shapes_are_those_after_turning_to_lps(tmp_path: Path) -> None:
                       cases=(CaseFiles(case="c", images=(str(tmp_path / "i.nii.gz"),), label=str(tmp_path / "l.nii.gz")),))
     case = fingerprint(dataset).cases[0]
     assert (case.shape, case.spacing) == ((5, 6, 4), (2, 1, 3))
+
+
+def test_centres_are_those_after_turning_to_lps(tmp_path: Path) -> None:
+    label = np.zeros((4, 5, 6), np.uint8)
+    label[1, 2, :2] = 1
+    label[3, 4, 5] = 5
+    for name, array in (("i", np.random.default_rng(0).uniform(1, 2, label.shape).astype(np.float32)), ("l", label)):
+        image = sitk.GetImageFromArray(array)
+        image.SetDirection((-1, 0, 0, 0, -1, 0, 0, 0, 1))  # RAS, as most NIfTI files
+        sitk.WriteImage(image, str(tmp_path / f"{name}.nii.gz"))
+    dataset = Dataset(name="d", source="folder", root="", channels=("a",), labels=LABELS,
+                      cases=(CaseFiles(case="c", images=(str(tmp_path / "i.nii.gz"),), label=str(tmp_path / "l.nii.gz")),))
+    labels = fingerprint(dataset).cases[0].labels
+    assert labels["organ"].centre == pytest.approx((1.5 / 4, 2.5 / 5, 5 / 6))
+    assert labels["lesion"].centre == pytest.approx((3.5 / 4, 0.5 / 5, 0.5 / 6))
 
 
 def test_ct_is_recognised_by_its_hounsfield_units_and_mri_is_not(tmp_path: Path) -> None:

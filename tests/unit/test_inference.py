@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from scipy.special import softmax
 from torch import nn
 
 from autoseg.errors import GeometryError
@@ -184,6 +185,33 @@ def test_post_processing_is_applied_to_inside_labels() -> None:
     expected = by_hand(image[0])
     expected[6, 6, 6] = 0
     assert np.array_equal(label, expected)
+
+
+def test_members_count_by_their_weight() -> None:
+    image = steps_image((1, 5, 6, 7), high=2) + 1
+    made = plan(ABC, c=configuration((8, 8, 8)))
+    parts = [softmax(Pointwise(bias)(torch.from_numpy(image)[None])[0][0].numpy(), axis=0) for bias in (0.0, -1.0)]
+    for weights in ((1.0, 3.0), (0.2, 0.6), (5.0, 1.0)):
+        members = [Member(made, "c", (Pointwise(b),), (), weight=w) for b, w in zip((0.0, -1.0), weights, strict=True)]  # type: ignore[arg-type]
+        found = Model(members, CPU, "fp32").predict_image(Image(image, Grid(shape=(5, 6, 7), spacing=(1, 1, 1)), ""), True)
+        mean = (weights[0] * parts[0] + weights[1] * parts[1]) / sum(weights)
+        assert found.probabilities_czyx is not None
+        np.testing.assert_allclose(found.probabilities_czyx, mean, atol=1e-5)
+        assert np.array_equal(found.label_zyx, np.array([0, 3, 300])[mean.argmax(0)])
+
+
+def test_post_processing_gets_the_probabilities_the_image_and_the_spacing(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr("autoseg.inference.apply_postprocessing", lambda label, *rest: given.append(rest) or label)
+    image, grid = steps_image((1, 5, 6, 7), high=2) + 1, Grid(shape=(5, 6, 7), spacing=(2.0, 1.0, 1.0))
+    for kind, with_probabilities in (("threshold", True), ("largest_component", False)):
+        steps = [Spec(kind=kind)]
+        found = model(Pointwise(), (8, 8, 8), postprocessing=steps).predict_image(Image(image, grid, ""))
+        assert found.probabilities_czyx is None, "they were not asked for"
+        seen_steps, probabilities, seen_image, spacing = given.pop()
+        assert list(seen_steps) == steps and seen_image is image and spacing == grid.spacing
+        assert (probabilities is not None) == with_probabilities
+        assert probabilities is None or np.allclose(probabilities.sum(0), 1, atol=1e-5)
 
 
 @pytest.mark.parametrize(("shape", "message"), [

@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-from itertools import product
-
 import numpy as np
 import pytest
-from scipy.spatial.distance import cdist
 
 from autoseg.arrays import metrics
 from autoseg.arrays.metrics import (
     Counts,
     confusion_matrix,
     default_tolerance_mm,
-    element_sizes,
-    hausdorff_mm,
+    examine,
     label_values,
     measure,
     overlap_metrics,
-    surface_dice,
-    surface_distances,
     target_counts,
 )
-
-ROOT2, ROOT3 = np.sqrt(2), np.sqrt(3)
-
-
-def box(shape, *sides):
-    mask = np.zeros(shape, bool)
-    mask[tuple(slice(*side) for side in sides)] = True
-    return mask
+from autoseg.arrays.surfaces import hausdorff_mm, surface_dice, surface_distances
+from autoseg.types.report import COUNTS, DEFINITIONS, METRICS
 
 
 def blob(rng, shape):
@@ -37,34 +25,22 @@ def blob(rng, shape):
     return gaussian_filter(rng.normal(size=shape), 1.2) > 0.05
 
 
-def corner_points(mask, spacing):
-    """Positions and neighbourhood codes of all mixed voxel corners, by plain loops."""
-    padded = np.pad(mask, 1)
-    points, codes = [], []
-    for corner in np.ndindex(*(n - 1 for n in padded.shape)):
-        values = [padded[tuple(np.add(corner, offset))] for offset in product((0, 1), repeat=mask.ndim)]
-        if 0 < sum(values) < len(values):
-            points.append(np.multiply(corner, spacing))
-            codes.append(sum(int(v) << bit for bit, v in enumerate(values)))
-    return np.array(points), np.array(codes)
-
-
 def test_overlap_metrics_of_hand_counted_voxels():
-    found = overlap_metrics(Counts(tp=6, fp=2, fn=4, tn=88))
+    found = overlap_metrics(Counts(tp=6, fp=2, fn=4, tn=88), voxel_ml=0.5)
     assert found == {
         "dice": 12 / 18, "iou": 0.5, "sensitivity": 0.6, "specificity": 88 / 90, "precision": 0.75, "volume_error": -0.2,
-        "n_reference": 10, "n_prediction": 8,
+        "volume_error_abs": 0.2, "volume_error_ml": -1.0, "n_reference": 10, "n_prediction": 8,
     }
 
 
 @pytest.mark.parametrize(("counts", "undefined"), [
-    (Counts(0, 0, 0, 9), {"dice", "iou", "sensitivity", "precision", "volume_error"}),
-    (Counts(0, 3, 0, 6), {"sensitivity", "volume_error"}),
+    (Counts(0, 0, 0, 9), {"dice", "iou", "sensitivity", "precision", "volume_error", "volume_error_abs", "volume_error_ml"}),
+    (Counts(0, 3, 0, 6), {"sensitivity", "volume_error", "volume_error_abs"}),
     (Counts(0, 0, 3, 6), {"precision"}),
     (Counts(9, 0, 0, 0), {"specificity"}),
 ])
 def test_ratios_without_a_denominator_are_undefined_and_never_nan(counts, undefined):
-    found = overlap_metrics(counts)
+    found = overlap_metrics(counts, voxel_ml=1.0)
     assert {name for name, value in found.items() if value is None} == undefined
     if counts.fp or counts.fn:
         assert found["dice"] == found["iou"] == 0
@@ -117,82 +93,6 @@ def test_shapes_that_differ_are_refused():
         measure(np.zeros((1, 2, 2), int), np.zeros((1, 2, 3), int), (1, 1, 1), [("a", (1,))], 1)
 
 
-@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (5.0, 0.7, 0.8)])
-def test_the_surface_of_a_box_is_faces_bevelled_edges_and_cut_corners(spacing):
-    sz, sy, sx = spacing
-    mask = box((8, 9, 10), (1, 6), (2, 8), (3, 7))
-    z, y, x = 4 * sz, 5 * sy, 3 * sx
-    faces = 2 * (y * x + z * x + z * y)
-    edges = 4 * (z * np.hypot(sy, sx) + y * np.hypot(sz, sx) + x * np.hypot(sz, sy)) / 2
-    corners = 8 * np.sqrt((sy * sx) ** 2 + (sz * sx) ** 2 + (sz * sy) ** 2) / 8
-    found = surface_distances(mask, mask, spacing)
-    assert found.reference_size.sum() == pytest.approx(faces + edges + corners, rel=1e-6)
-    assert not found.reference_mm.any() and not found.prediction_mm.any()
-
-
-def test_element_sizes_at_unit_spacing():
-    sizes = element_sizes((1.0, 1.0, 1.0))
-    assert sizes[0] == sizes[255] == 0
-    assert sizes[0b00000001] == pytest.approx(ROOT3 / 8)
-    assert sizes[0b00000011] == pytest.approx(ROOT2 / 2)
-    assert sizes[0b00001111] == pytest.approx(1)
-    np.testing.assert_allclose(sizes, sizes[::-1])
-    contour = element_sizes((3.0, 4.0))
-    assert contour.tolist() == [0, 2.5, 2.5, 4, 2.5, 3, 5, 2.5, 2.5, 5, 3, 2.5, 4, 2.5, 2.5, 0]
-
-
-@pytest.mark.parametrize(("axis", "expected"), [(0, 3 * 2.5), (1, 3 * 0.5), (2, 3 * 1.25)])
-def test_a_box_that_is_three_voxels_longer_is_three_spacings_away(axis, expected):
-    sides = [(2, 6), (2, 6), (2, 6)]
-    reference = box((12, 12, 12), *sides)
-    sides[axis] = (2, 9)
-    prediction = box((12, 12, 12), *sides)
-    distances = surface_distances(reference, prediction, (2.5, 0.5, 1.25))
-    assert hausdorff_mm(distances) == pytest.approx(expected)
-    assert hausdorff_mm(distances, 100) == pytest.approx(expected)
-    found = measure(reference.astype(int), prediction.astype(int), (2.5, 0.5, 1.25), [("box", (1,))], 1.0)["box"]
-    assert found["hd95"] == pytest.approx(expected) and found["dice"] == pytest.approx(2 * 64 / (64 + 112))
-
-
-def test_normalised_surface_distance_of_two_strips_worked_out_by_hand():
-    reference, prediction = box((1, 10, 60), (0, 1), (0, 4), (0, 50)), box((1, 10, 60), (0, 1), (0, 6), (0, 50))
-    distances = surface_distances(reference, prediction, (999.0, 1.0, 1.0))
-    whole = (104 + 2 * ROOT2) + (108 + 2 * ROOT2)
-    outside = 47 + (49 + ROOT2)  # the reference's long edge away from its ends, the prediction's long edge with its corners
-    assert surface_dice(distances, 1.0) == pytest.approx((whole - outside) / whole)
-    assert surface_dice(distances, 2.0) == 1
-    assert hausdorff_mm(distances) == 2
-
-
-def test_a_single_slice_is_measured_in_plane_whatever_its_depth():
-    rng = np.random.default_rng(1)
-    a, b = blob(rng, (1, 30, 30)), blob(rng, (1, 30, 30))
-    flat = surface_distances(a[0], b[0], (0.5, 2.0))
-    for depth in (0.1, 999.0):
-        deep = surface_distances(a, b, (depth, 0.5, 2.0))
-        assert hausdorff_mm(deep) == hausdorff_mm(flat) and surface_dice(deep, 1) == surface_dice(flat, 1)
-
-
-def test_the_percentile_weighs_surface_elements_by_their_size():
-    distances = metrics.SurfaceDistances(np.array([1.0, 2.0, 7.0]), np.array([90.0, 5.0, 5.0]), np.array([0.5]), np.array([1.0]))
-    assert hausdorff_mm(distances) == 2 and hausdorff_mm(distances, 96) == 7 and hausdorff_mm(distances, 50) == 1
-
-
-@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (3.0, 0.6, 1.1)])
-def test_surface_distances_equal_those_between_all_pairs_of_points(spacing):
-    rng = np.random.default_rng(2)
-    for _ in range(3):
-        a, b = blob(rng, (6, 8, 7)), blob(rng, (6, 8, 7))
-        (points_a, codes_a), (points_b, codes_b) = corner_points(a, spacing), corner_points(b, spacing)
-        between = cdist(points_a, points_b)
-        found = surface_distances(a, b, spacing)
-        np.testing.assert_allclose(found.reference_mm, np.sort(between.min(1)), rtol=1e-6, atol=1e-6)
-        np.testing.assert_allclose(found.prediction_mm, np.sort(between.min(0)), rtol=1e-6, atol=1e-6)
-        sizes = element_sizes(spacing)
-        near = sizes[codes_a][between.min(1) <= 1.3].sum() + sizes[codes_b][between.min(0) <= 1.3].sum()
-        assert surface_dice(found, 1.3) == pytest.approx(near / (sizes[codes_a].sum() + sizes[codes_b].sum()), rel=1e-6)
-
-
 def test_cropping_to_the_union_changes_nothing():
     rng = np.random.default_rng(3)
     labels = [(blob(rng, (10, 12, 11)) * rng.integers(1, 4, (10, 12, 11))).astype(np.uint8) for _ in range(2)]
@@ -203,20 +103,45 @@ def test_cropping_to_the_union_changes_nothing():
         assert found[str(value)]["nsd"] == pytest.approx(surface_dice(whole, 0.7))
 
 
-def test_a_distance_of_exactly_the_tolerance_is_within_it():
-    for step in (0.1, 0.3, 0.7, 1 / 3, 1.5625):
-        a, b = box((1, 20, 20), (0, 1), (5, 10), (5, 10)), box((1, 20, 20), (0, 1), (5, 10), (6, 11))
-        assert surface_dice(surface_distances(a, b, (999, step, step)), step) == 1
-
-
 def test_an_empty_mask_has_no_distance_and_no_surface_in_common():
     empty, full = np.zeros((4, 4, 4), np.uint8), np.ones((4, 4, 4), np.uint8)
     both = measure(empty, empty, (1, 1, 1), [("a", (1,))], 1)["a"]
-    assert both["hd95"] is None and both["nsd"] is None and both["dice"] is None and both["specificity"] == 1
-    for reference, prediction in ((empty, full), (full, empty)):
-        one = measure(reference, prediction, (1, 1, 1), [("a", (1,))], 1)["a"]
-        assert one["hd95"] is None and one["nsd"] == 0 and one["dice"] == 0
-    assert hausdorff_mm(surface_distances(empty > 0, full > 0, (1, 1, 1))) is None
+    defined = {name: value for name, value in both.items() if value is not None}
+    assert defined == {**dict.fromkeys(COUNTS, 0), "specificity": 1, "lesion_false_positives": 0}
+    missed = measure(full, empty, (1, 1, 1), [("a", (1,))], 1)["a"]
+    assert {name for name in METRICS if missed[name] is None} == {
+        "specificity", "precision", "hd", "hd95", "assd", "lesion_precision"}
+    assert missed["dice"] == missed["nsd"] == missed["lesion_f1"] == missed["lesion_recall"] == 0
+    assert missed["volume_error_ml"] == -0.064
+    spurious = measure(empty, full, (1, 1, 1), [("a", (1,))], 1)["a"]
+    assert {name for name in METRICS if spurious[name] is None} == {
+        "sensitivity", "volume_error", "volume_error_abs", "hd", "hd95", "assd", "lesion_recall"}
+    assert spurious["dice"] == spurious["nsd"] == spurious["lesion_f1"] == spurious["lesion_precision"] == 0
+    assert spurious["lesion_false_positives"] == 1
+
+
+def test_every_metric_and_count_is_measured_and_defined():
+    found = measure(np.ones((2, 2, 2), int), np.ones((2, 2, 2), int), (1, 1, 1), [("a", (1,))], 1)["a"]
+    assert set(found) == {*METRICS, *COUNTS} and set(found) <= set(DEFINITIONS)
+    assert not any(isinstance(value, np.generic) for value in found.values())
+
+
+def test_a_single_slice_has_areas_and_no_volume():
+    label = np.zeros((1, 20, 20), np.uint8)
+    label[0, 2:6, 2:7] = 1
+    found = examine(label, label, (999.0, 2.0, 2.0), [("a", (1,))], 1)
+    assert found.metrics["a"]["volume_error_ml"] is None and found.metrics["a"]["volume_error"] == 0
+    assert list(found.lesions["a"]) == ["0.1-1 cm2"]  # 20 pixels of 4 mm2
+
+
+def test_regions_that_overlap_are_measured_as_if_each_were_alone():
+    rng = np.random.default_rng(5)
+    labels = [(blob(rng, (8, 9, 10)) * rng.integers(1, 4, (8, 9, 10))).astype(np.uint8) for _ in range(2)]
+    regions = [("whole", (1, 2, 3)), ("core", (2, 3)), ("edge", (1, 3)), ("one", (1,)), ("two", (2,))]
+    found = examine(*labels, (2.0, 1.0, 0.5), regions, 0.7)
+    for name, values in regions:
+        alone = examine(*(np.isin(label, values).astype(np.uint8) for label in labels), (2.0, 1.0, 0.5), [("it", (1,))], 0.7)
+        assert found.metrics[name] == alone.metrics["it"] and found.lesions[name] == alone.lesions["it"]
 
 
 def test_the_default_tolerance_is_one_voxel_in_plane():

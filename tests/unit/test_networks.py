@@ -9,7 +9,7 @@ from torch import nn
 from autoseg.errors import PlanError, RunError
 from autoseg.networks import hardware
 from autoseg.networks.build import ConvUnit, build
-from autoseg.networks.describe import Node, convolution_elements, describe
+from autoseg.networks.describe import Node, convolution_elements, describe, segments
 from autoseg.networks.hardware import autocast, pick_device, pick_precision
 from autoseg.planners.rules import activation_elements, features_per_stage
 from autoseg.types.plan import Configuration
@@ -146,6 +146,54 @@ def test_bf16_gradients_of_a_few_slices_are_those_of_fp32(depth: int, stride: tu
         gradients.append(unit.conv.weight.grad.clone())
     exact, rough, again = gradients
     assert (rough - exact).norm() < 0.02 * exact.norm() and torch.equal(rough, again)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("config", SMALL)
+def test_recomputed_activations_change_neither_outputs_nor_gradients(config: Configuration, precision: str) -> None:
+    image = torch.randn(2, 1, *config.patch_size)
+
+    def results(checkpointing: int) -> tuple[list[torch.Tensor], dict[str, torch.Tensor | None]]:
+        made = config.model_copy(update={"checkpointing": checkpointing})
+        network = build(describe(made, 1, 3), seed=0)
+        with autocast(torch.device("cpu"), precision):  # type: ignore[arg-type]
+            outputs = network(image, 2)
+        sum(logits.float().square().sum() for logits in outputs).backward()
+        return outputs, {name: parameter.grad for name, parameter in network.named_parameters()}
+
+    outputs, gradients = results(0)
+    for checkpointing in range(1, len(config.strides) + 1):
+        again, others = results(checkpointing)
+        assert all(torch.equal(a, b) for a, b in zip(outputs, again, strict=True))
+        for name, gradient in gradients.items():
+            other = others[name]
+            assert (gradient is None and other is None) or torch.equal(gradient, other)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("config", SMALL)
+def test_segments_hold_every_node_once_and_hand_on_what_is_needed(config: Configuration) -> None:
+    description = describe(config, 1, 3)
+    for checkpointing in range(len(config.strides) + 1):
+        made = segments(description, 1, checkpointing)
+        names = [node.name for segment in made for node in segment.nodes]
+        assert len(set(names)) == len(names) and "head_0" in names and "head_1" not in names
+        known = {"input"}
+        for segment in made:
+            assert set(segment.inputs) <= known
+            known = (known - set(segment.last_used)) | set(segment.outputs)
+            assert segment.recompute == (segment.nodes[0].stage < checkpointing)
+        assert known == {"head_0"}
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_norm_and_activation_are_those_of_torch(dims: int) -> None:
+    ones, size = (1,) * dims, (6,) * dims
+    unit = ConvUnit(Node("x", "conv", ("input",), 4, ones, (3,) * dims, ones), 3, dims)
+    torch.nn.init.normal_(unit.norm.weight)
+    torch.nn.init.normal_(unit.norm.bias)
+    image = torch.randn(2, 3, *size)
+    expected = nn.functional.leaky_relu(unit.norm(unit.conv(image)), 0.01)
+    assert torch.equal(unit(image), expected)
 
 
 def test_a_two_stage_network_is_the_u_net_written_out_by_hand() -> None:

@@ -197,7 +197,7 @@ def test_patches_stay_within_the_budget_and_grow_with_it(
 def test_shrinking_does_not_skip_sizes_that_need_less_divisibility() -> None:
     found = rules.topology((1.0, 1.0), (256, 256))
     assert found.divisor == (64, 64)
-    smaller = rules._smaller((1.0, 1.0), found, (256.0, 256.0))
+    smaller = rules.smaller((1.0, 1.0), found, (256.0, 256.0))
     assert smaller is not None and smaller.patch_size == (256, 224)  # of equal axes the last gives way
 
 
@@ -209,10 +209,15 @@ def test_a_hopeless_memory_target_ends_with_the_smallest_patch_and_a_note() -> N
 
 def test_batches_are_capped_by_memory_and_by_a_share_of_the_data_and_never_below_two() -> None:
     fitted = rules.FittedPatch(rules.topology((1.0, 1.0, 1.0), (64, 64, 64)), elements=56_000_000)
-    assert rules.batch_size(fitted, 1e12, default.RECIPE, 8) == 20  # 560e6 / 56e6 x 2
-    assert rules.batch_size(fitted, 64**3 * 100, default.RECIPE, 8) == 5  # 5 % of 100 patches
-    assert rules.batch_size(fitted, 64**3, default.RECIPE, 8) == 2
-    assert rules.batch_size(fitted, 64**3 * 100, residual.PRESETS["residual-m"], 8) == 24  # 680e6 / 56e6 x 2, no cap at 5 %
+
+    def batch(voxels: float, recipe: rules.Recipe = default.RECIPE) -> tuple[int, str]:
+        found = rules.batch_limits(fitted, voxels, recipe, 8)
+        return found.size, found.limit
+
+    assert batch(1e12) == (20, "memory")  # 560e6 / 56e6 x 2
+    assert batch(64**3 * 100) == (5, "share")  # 5 % of 100 patches
+    assert batch(64**3) == (2, "minimum")
+    assert batch(64**3 * 100, residual.PRESETS["residual-m"]) == (24, "memory")  # 680e6 / 56e6 x 2, no cap at 5 %
 
 
 def test_residual_presets_size_2d_patches_for_the_whole_batch() -> None:
@@ -221,8 +226,9 @@ def test_residual_presets_size_2d_patches_for_the_whole_batch() -> None:
     assert residual.plan(*scene, "residual-m").configurations["2d"].patch_size == (512, 512)
 
 
-def test_the_usual_configurations_know_of_low_resolution_without_holding_it() -> None:
-    plan = default.plan(*ABDOMEN)
+def test_all_configurations_that_suit_the_data_are_planned_unless_fewer_are_asked_for() -> None:
+    assert list(default.plan(*ABDOMEN).configurations) == ["2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres"]
+    plan = default.plan(*ABDOMEN, configurations=("2d", "3d_fullres"))
     assert list(plan.configurations) == ["2d", "3d_fullres"]
     assert plan.configurations["3d_fullres"].batch_dice
     assert all(configuration.next_stage is None for configuration in plan.configurations.values())
@@ -250,7 +256,10 @@ def test_low_resolution_first_coarsens_only_the_fine_axes() -> None:
 def test_no_low_resolution_where_it_would_hardly_be_smaller() -> None:
     fitted = rules.fit_patch((1.0,) * 3, (220.0,) * 3, 3, default.RECIPE, 8)
     assert 0.125 < fitted.voxels / 220**3 < 0.25
-    assert rules.low_res((1.0,) * 3, (220.0,) * 3, fitted, 3, default.RECIPE, 8) is None
+    coarse = rules.low_res((1.0,) * 3, (220.0,) * 3, fitted, 3, default.RECIPE, 8)
+    assert coarse is not None and 1 < coarse.gain < 2 and not coarse.worthwhile
+    scene = data([(1.0, 1.0, 1.0)] * 9, [(220, 220, 220)] * 9)
+    assert list(default.plan(*scene).configurations) == ["2d", "3d_fullres"]
 
 
 def test_images_of_one_slice_get_a_2d_configuration_only_and_a_note() -> None:
@@ -292,13 +301,13 @@ def test_unnamed_channels_are_recognised_and_the_plan_says_so() -> None:
     channels, kinds = ("channel_0", "channel_1", "channel_2"), ("CT", "other", "RGB")
     plan = default.plan(*data([(1.0, 1.0, 1.0)] * 3, [(50, 50, 50)] * 3, channels, False, kinds))
     assert plan.configurations["2d"].normalization == ("CTNormalization", "ZScoreNormalization", "RGBTo01Normalization")
-    assert [note.startswith(("channel 0", "channel 2")) for note in plan.notes] == [True, True]
+    assert [note for note in plan.notes if note.startswith("channel")] == list(plan.notes[:2])
     assert "recognised as CT by its range of values (HU)" in plan.notes[0]
 
 
 def test_a_name_goes_before_what_the_voxels_look_like() -> None:
     plan = default.plan(*data([(1.0, 1.0, 1.0)] * 3, [(50, 50, 50)] * 3, ("MR",), True, ("CT",)))
-    assert plan.configurations["2d"].normalization == ("ZScoreNormalization",) and not plan.notes
+    assert plan.configurations["2d"].normalization == ("ZScoreNormalization",) and not any("channel" in note for note in plan.notes)
 
 
 @pytest.mark.parametrize("name", PLANNERS)
@@ -314,7 +323,7 @@ def test_every_data_set_gets_a_plan_that_survives_saving(name: str, cases: list[
     for configuration in plan.configurations.values():
         assert configuration.batch_size >= 2
         assert len(configuration.strides) >= 2
-        assert configuration.network.kind == ("unet" if name == "default" else "residual-unet")
+        assert configuration.network.kind == ("unet" if name in ("default", "fit") else "residual-unet")
         assert math.prod(pooled(configuration.patch_size, configuration.strides)) > 1
 
 

@@ -152,6 +152,24 @@ def test_an_ensemble_averages_probabilities_of_different_spacings_on_the_image_g
     assert (regions != expected).mean() <= 1e-4
 
 
+def test_weights_count_members_and_need_not_add_up_to_one() -> None:
+    new = (20, 24, 22)
+    sizes = ((14, 18, 16), (12, 20, 18), (16, 16, 16))
+    logits = [blobs(3, size, seed) / 3 for seed, size in enumerate(sizes)]
+    members = [(values, placed(size, new)) for values, size in zip(logits, sizes, strict=True)]
+    softmax = [upsampled(values, new).softmax(0).numpy() for values in logits]
+    mean = (3 * softmax[0] + softmax[1] + 2 * softmax[2]) / 6
+    labels, probabilities = restore_ensemble(members, None, with_probabilities=True, weights=(3, 1, 2))
+    assert probabilities is not None
+    np.testing.assert_allclose(probabilities, mean, atol=2e-5)
+    assert (labels != mean.argmax(0)).mean() <= 1e-4
+    np.testing.assert_array_equal(restore_ensemble(members, None, weights=(0.3, 0.1, 0.2))[0], labels)
+    np.testing.assert_array_equal(restore_ensemble(members, None, weights=(2, 2, 2))[0], restore_ensemble(members)[0])
+    for wrong in ((1, 1), (1, 1, 0), (1, 1, -1)):
+        with pytest.raises(ValueError, match="one positive weight for each of 3 members"):
+            restore_ensemble(members, weights=wrong)
+
+
 def test_more_than_255_classes_need_int16_only_when_values_do() -> None:
     place = placed((4, 4, 4), (6, 6, 6))
     logits = torch.zeros(300, 4, 4, 4)

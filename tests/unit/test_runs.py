@@ -125,7 +125,7 @@ def test_saving_weights_finishes_the_run_and_drops_the_checkpoints(tmp_path: Pat
     save(folder, 10)
     folder.save_record(record())
     assert not folder.finished
-    folder.save_weights(tensors(3))
+    folder.save_weights(tensors(3), folder.record().spec.epochs)
     assert folder.finished and not (tmp_path / "resume").exists()
     assert torch.equal(load_tensors(folder.weights_path)["network.a"], tensors(3)["network.a"])
     folder.clear()

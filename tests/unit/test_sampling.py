@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ class FakeCase:
     broken: bool = False
     reads: list[tuple[slice, slice, slice]] = field(default_factory=list)
     annotated: NDArray[np.integer] | None = None
+    previous_zyx: NDArray[np.int16] | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -43,6 +45,10 @@ class FakeCase:
 
     def read_label(self, box: tuple[slice, slice, slice]) -> NDArray[np.int16]:
         return self.label_zyx[box]
+
+    def read_previous(self, box: tuple[slice, slice, slice]) -> NDArray[np.int16]:
+        assert self.previous_zyx is not None, "nobody needs it"
+        return self.previous_zyx[box]
 
 
 def case(name: str, shape: tuple[int, int, int], seed: int = 0, channels: int = 1, labels: int = 2) -> FakeCase:
@@ -246,3 +252,50 @@ def test_stopping_early_leaves_no_thread_behind() -> None:
     next(iter(batches))
     loader.close()
     assert not [t for t in threading.enumerate() if t.name.startswith("loader")]
+
+
+def with_previous(patch: tuple[int, int, int], labels: int = 2) -> Sampler:
+    """Cases whose previous segmentation is their label."""
+    cases = []
+    for i in range(3):
+        one = case(f"case{i}", (20, 7, 24), i)
+        one.label_zyx[5:15, 1:6, 4:12], one.label_zyx[8:12, 2:7, 8:20] = 1, 2
+        cases.append(dataclasses.replace(one, previous_zyx=one.label_zyx))
+    flat = patch[0] == 1
+    augmentation = DefaultAugmentation(patch, 1, flat, math.radians(30), (1, 2) if flat else (0, 1, 2), labels)
+    return Sampler(cases, patch, 2, 0.33, augmentation, 0, 0)
+
+
+@pytest.mark.parametrize("patch", [(8, 8, 8), (1, 12, 12)])
+def test_the_previous_segmentation_is_read_and_padded_with_background(patch: tuple[int, int, int]) -> None:
+    one = with_previous(patch)
+    for i in range(40):
+        recipe = one.recipe(TRAINING, i)
+        crop = read_crop(one.cases[recipe.case], patch, recipe, with_previous=True)
+        assert crop.previous_zyx is not None and np.array_equal(crop.previous_zyx, np.maximum(crop.label_zyx, 0))
+        assert read_crop(one.cases[recipe.case], patch, recipe).previous_zyx is None
+
+
+@pytest.mark.parametrize("patch", [(8, 8, 8), (1, 12, 12)])
+@pytest.mark.parametrize("threads", [0, 2])
+def test_the_network_gets_it_as_one_channel_per_label_and_only_training_alters_it(
+    patch: tuple[int, int, int], threads: int
+) -> None:
+    loader = Loader(with_previous(patch), (False,), torch.device("cpu"), threads, 2 if patch[0] == 1 else 3)
+    try:
+        for batch in loader.batches(VALIDATION, 0, 10):
+            assert batch.image.shape == (2, 3, *[p for p in patch if p > 1])
+            assert torch.equal(batch.image[:, 1:], torch.stack([batch.label == 1, batch.label == 2], 1).float())
+        altered = 0
+        for number, batch in enumerate(loader.batches(TRAINING, 0, 20)):
+            for k in range(2):
+                params = loader.sampler.recipe(TRAINING, 2 * number + k).params
+                expected = torch.stack([batch.label[k] == 1, batch.label[k] == 2]).float()
+                share = float((batch.image[k, 1:] == expected).float().mean())
+                if not params.morphs and not params.removals:
+                    assert share == 1 if params.matrix is None else share > 0.97  # labels know an outside, that is rotated too
+                altered += share < 0.97
+            assert set(batch.image[:, 1:].unique().tolist()) <= {0.0, 1.0} and batch.image[:, 1:].sum(1).max() <= 1
+        assert 3 < altered < 25
+    finally:
+        loader.close()

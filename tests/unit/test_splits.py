@@ -92,8 +92,8 @@ def test_any_cases_give_valid_grouped_folds_in_any_order(rows: list[tuple[int, f
     cases = [case(f"c{i:02d}", f"g{g}") for i, (g, _) in enumerate(rows)]
     present = {c.case: labels for c, (_, labels) in zip(cases, rows, strict=True)}
     groups = {c.group for c in cases}
-    if len(groups) < 2:
-        with pytest.raises(DatasetError, match="at least 2 cases"):
+    if len(groups) < 2 and len(cases) > 1:
+        with pytest.raises(DatasetError, match="at least 2 groups"):
             make_splits(cases, present, folds)
         return
     splits = make_splits(cases, present, folds)
@@ -116,10 +116,31 @@ def test_fewer_groups_than_folds_give_one_fold_per_group() -> None:
     assert len(make_splits([case(f"c{i}", f"g{i % 3}") for i in range(9)], {})) == 3
 
 
-@pytest.mark.parametrize("cases", [[case("only")], [case("a", "p"), case("b", "p")]])
-def test_one_case_or_one_group_is_refused_with_the_minimum(cases: list[CaseFiles]) -> None:
-    with pytest.raises(DatasetError, match="at least 2 cases of different groups"):
-        make_splits(cases, {})
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_few_cases_are_left_out_one_at_a_time(count: int) -> None:
+    names = [f"c{i}" for i in range(count)]
+    splits = make_splits([case(name) for name in names], {})
+    assert sorted(s.val for s in splits) == [(name,) for name in names]
+    assert all(set(s.train) == set(names) - set(s.val) for s in splits)
+
+
+def test_the_only_case_is_trained_and_validated_on_and_more_cases_make_proper_folds() -> None:
+    only = [case("c0", "p0")]
+    splits = make_splits(only, {})
+    assert splits == [Split(train=("c0",), val=("c0",))]
+    check_splits(splits, only)
+    assert extend_splits(splits, only, known=["c0"]) == splits
+    more = [*only, case("c1", "p1"), case("c2", "p2")]
+    extended = extend_splits(splits, more, known=["c0"])
+    check_splits(extended, more)
+    assert len(extended) == 3
+    with pytest.raises(DatasetError, match="c0 in train and in val"):
+        extend_splits(splits, more, known=["c0", "c1", "c2"])
+
+
+def test_several_cases_of_one_group_are_refused_with_the_minimum() -> None:
+    with pytest.raises(DatasetError, match=r"at least 2 groups .* found 2 cases of 1"):
+        make_splits([case("a", "p"), case("b", "p")], {})
 
 
 def test_folds_of_the_manifest_are_respected() -> None:

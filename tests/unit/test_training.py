@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from autoseg.errors import AutosegError, PluginError, RunError
-from autoseg.trainers.default import Job, Training, _overlap, seconds_per_step
+from autoseg.trainers.default import Job, Training, _overlap, measure_step
 from autoseg.trainers.losses import Targets
 from autoseg.types.labels import Label, Labels, Region
 from autoseg.types.plan import Configuration
@@ -209,7 +209,8 @@ def test_reading_errors_end_the_run_and_its_threads() -> None:
 
 
 def test_a_steps_duration_is_measured_on_a_network_of_its_own() -> None:
-    assert 0 < seconds_per_step(job()) < 60
+    measured = measure_step(job())
+    assert 0 < measured.seconds < 60 and measured.peak_bytes is None and measured.micro_batch == 4
 
 
 class TestOverlap:
@@ -228,3 +229,70 @@ class TestOverlap:
         label = torch.tensor([[[0, 1], [2, 2]]])
         logits = torch.tensor([[[[1.0, 1], [1, -1]], [[-1, -1], [1, -1]]]])
         assert _overlap(logits, label, Targets.of(REGIONS)).tolist() == [[2, 1], [3, 1], [3, 2]]
+
+
+def out_of_memory_above(training: Training, samples: int) -> None:
+    """Let the network run out of memory for more samples than these, when it keeps what a backward pass needs."""
+    forward = training.network.forward
+
+    def failing(x: torch.Tensor, head_count: int = 1) -> list[torch.Tensor]:
+        if len(x) > samples:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return forward(x, head_count)
+
+    training.network.forward = failing  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("labels, patch, ignore", [(TWO, (24, 24), False), (TWO, (3, 24, 24), False), (REGIONS, (24, 24), False),
+                                                   (IGNORING, (24, 24), True)])
+@pytest.mark.parametrize("samples", [1, 2, 3])
+def test_out_of_memory_splits_the_batch_and_changes_nothing(labels, patch, ignore, samples):
+    # Dice over the batch and means over annotated voxels do not split: the test would see a naive sum of parts
+    whole, split = (Training(job(labels, patch, ignore=ignore)) for _ in range(2))
+    out_of_memory_above(split, samples)
+    rows = [epochs(training) for training in (whole, split)]
+    assert split.micro_batch == {1: 1, 2: 2, 3: 2}[samples]
+    for one, other in zip(*rows, strict=True):
+        assert one.train_loss == pytest.approx(other.train_loss, abs=1e-5)
+        assert one.val_loss == pytest.approx(other.val_loss, abs=1e-5)
+    for name, value in whole.weights().items():
+        torch.testing.assert_close(split.weights()[name], value, atol=2e-5, rtol=2e-4)
+
+
+def test_one_patch_that_does_not_fit_is_an_error():
+    training = Training(job())
+    out_of_memory_above(training, 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        epochs(training)
+    assert training.micro_batch == 1
+
+
+def test_the_micro_batch_is_part_of_the_state():
+    first, second = Training(job()), Training(job())
+    out_of_memory_above(first, 2)
+    next(first.run())
+    second.restore(first.state())
+    assert second.micro_batch == 2
+
+
+def test_a_run_can_be_made_longer_or_shorter_while_it_runs():
+    training, reference = Training(job(epochs=2)), Training(job(epochs=3))
+    seen = []
+    for record in training.run():
+        seen.append(record)
+        if record.epoch == 0:
+            training.set_length(3)
+    expected = epochs(reference)
+    assert [r.epoch for r in seen] == [0, 1, 2] and seen[-1].learning_rate == expected[-1].learning_rate
+    assert seen[1].learning_rate == expected[1].learning_rate
+
+
+def test_finished_weights_start_a_longer_run_where_they_ended():
+    first = Training(job(epochs=1))
+    epochs(first)
+    longer = Training(job(epochs=2))
+    longer.start_from(first.weights(), 1)
+    assert longer.step == 3
+    rows = epochs(longer)
+    assert [r.epoch for r in rows] == [1]
+    assert rows[0].learning_rate == epochs(Training(job(epochs=2)))[1].learning_rate

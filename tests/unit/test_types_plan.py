@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from autoseg.types.plan import Configuration, Plan
+from autoseg.types.plan import Configuration, Plan, plan_schema
 from autoseg.types.run import TrainSpec
 
 
@@ -106,3 +106,48 @@ def test_the_training_record_is_the_references_recipe() -> None:
     assert (sgd.kind, sgd.lr, sgd.momentum, sgd.weight_decay) == ("sgd", 0.01, 0.99, 3e-5)
     assert (spec.schedule.kind, spec.schedule.power, spec.gradient_clip, spec.sampler.foreground) == ("polynomial", 0.9, 12, 0.33)
     assert (spec.loss.kind, spec.deep_supervision, spec.augment.kind, spec.augment.mirror) == ("dice_ce", True, "default", None)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"patch_size": [4, 4], "strides": [[1, 1], [2, 2], [2, 2]]},
+     r"patch_size \(4, 4\) is a single voxel at the lowest stage.*nearest legal values: \(8, 4\) or \(4, 8\), or leave out"),
+    ({"mirror_axes": [2]}, r"mirror_axes must be some of the patch's axes 0, 1, found \(2,\)"),
+    ({"mirror_axes": [0, 0]}, r"mirror_axes must be some of the patch's axes 0, 1, found \(0, 0\)"),
+    ({"checkpointing": 4}, "checkpointing must be at most 3, the number of stages, found 4"),
+])
+def test_a_hand_edit_that_the_network_cannot_have_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Configuration.model_validate(entry(**changes))
+
+
+def test_legal_hand_edits_at_the_border_are_taken() -> None:
+    smallest = Configuration.model_validate(entry(patch_size=[2, 8], mirror_axes=[], checkpointing=3))
+    assert smallest.mirror_axes == () and smallest.checkpointing == 3
+    with pytest.raises(ValidationError, match="nearest legal values"):
+        Configuration.model_validate(entry(patch_size=[2, 4]))
+
+
+@pytest.mark.parametrize("parent", [["2d"], 3])
+def test_a_parent_that_is_no_name_is_refused(parent: Any) -> None:
+    with pytest.raises(ValidationError, match="inherits_from"):
+        plan({"2d": entry(), "wide": {"inherits_from": parent}})
+
+
+def test_a_parent_that_is_no_object_is_refused() -> None:
+    with pytest.raises(ValidationError, match=r"configurations\.2d"):
+        plan({"2d": [1], "wide": {"inherits_from": "2d"}})
+
+
+def test_the_schema_key_is_for_editors_only() -> None:
+    assert plan({"2d": entry()}, **{"$schema": "plan.schema.json"}) == plan({"2d": entry()})
+
+
+def test_the_schema_knows_every_value_and_lets_a_configuration_inherit() -> None:
+    schema = plan_schema()
+    assert set(schema["properties"]) == {"$schema", *Plan.model_fields} and schema["additionalProperties"] is False
+    configuration = schema["$defs"]["Configuration"]
+    assert set(configuration["properties"]) == set(Configuration.model_fields)
+    whole = [choice for choice in configuration["anyOf"] if "patch_size" in choice["required"]]
+    parts = [choice for choice in configuration["anyOf"] if choice["required"] == ["inherits_from"]]
+    assert len(whole) == len(parts) == 1 and "mirror_axes" not in whole[0]["required"]
+    assert all("description" in value for name, value in configuration["properties"].items())

@@ -1,0 +1,5 @@
+"""python -m autoseg.cli"""
+
+from autoseg.cli import main
+
+main()

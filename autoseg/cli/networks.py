@@ -1,0 +1,89 @@
+"""Commands that run networks: train and predict."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from autoseg.cli.app import (
+    ConfigOption,
+    DeviceOption,
+    PrecisionOption,
+    ThreadsOption,
+    WorkArgument,
+    app,
+    compute_threads,
+    fold_numbers,
+    interrupts,
+    out,
+    reporter,
+)
+from autoseg.errors import RunError
+
+
+@app.command()
+def train(
+    work: WorkArgument,
+    config: ConfigOption = None,
+    folds: Annotated[str, typer.Option(help="all, or numbers like 0,1.")] = "all",
+    name: Annotated[str | None, typer.Option(help="Name of the run; default: the configuration.")] = None,
+    device: DeviceOption = "auto",
+    epochs: Annotated[int | None, typer.Option(min=1, help="Length in epochs; the schedule follows.")] = None,
+    precision: PrecisionOption = "auto",
+    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    threads: ThreadsOption = None,
+    time_budget: Annotated[
+        str | None, typer.Option("--time-budget", help="Time for everything asked for, like 90m or 6h; sets the epochs.")
+    ] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Discard what these folds have and begin anew.")] = False,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="key=value: any value of the training record.")] = None,
+) -> None:
+    """Train and validate folds; a run that was interrupted goes on where it stopped."""
+    from autoseg.files.workspace import Workspace
+    from autoseg.stages.budget import parse_duration
+    from autoseg.stages.records import Options
+    from autoseg.stages.settings import apply_settings
+    from autoseg.stages.train import train as run_train
+    from autoseg.types.run import TrainSpec
+
+    given = [*(settings or [])]
+    sized = epochs is not None or any(setting.partition("=")[0].strip() == "epochs" for setting in given)
+    if time_budget is not None and sized:
+        raise RunError("--time-budget chooses the number of epochs; give either it or --epochs")
+    flags = {"epochs": epochs, "seed": seed, "precision": None if precision == "auto" else precision}
+    given += [f"{key}={value}" for key, value in flags.items() if value is not None]
+    spec = apply_settings(TrainSpec(), given)
+    compute_threads()
+    workspace = Workspace(work).require()
+    planned = None if sized else workspace.plan().time_budget_s
+    options = Options(device, threads, restart, sized, planned if time_budget is None else parse_duration(time_budget))
+    run_train(workspace, config, fold_numbers(folds), name, spec, options, reporter, interrupts)
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Argument(help="A work folder.")],
+    inputs: Annotated[list[Path], typer.Argument(help="Images, folders of images, or a manifest.")],
+    masks: Annotated[Path, typer.Option("--out", help="Folder for the masks.")],
+    folds: Annotated[str, typer.Option(help="all, or numbers like 0,1.")] = "all",
+    mirror: Annotated[bool, typer.Option("--mirror/--no-mirror", help="Average over mirrored copies.")] = True,
+    probabilities: Annotated[bool, typer.Option("--probabilities", help="Also write probabilities.")] = False,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Predict finished cases again.")] = False,
+) -> None:
+    """Segment new images with the selected networks; each mask lies on the grid of its image."""
+    from autoseg.datasets.folder import read_inputs
+    from autoseg.files.workspace import Workspace
+    from autoseg.stages.predict import Options
+    from autoseg.stages.predict import predict as run_predict
+
+    workspace = Workspace(model).require()
+    cases = read_inputs(inputs, channels=len(workspace.plan().channels))
+    chosen_folds = fold_numbers(folds)
+    options = Options(None if chosen_folds is None else tuple(chosen_folds), device, precision, mirror, probabilities, overwrite)
+    compute_threads()
+    run_predict(workspace, cases, masks, options, reporter)
+    out.print(f"masks of {len(cases)} case(s): {masks}", markup=False)

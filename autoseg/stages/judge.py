@@ -1,0 +1,140 @@
+"""Judge predictions without a reference: by trust.json, how good a mask is likely to be, and in what its case is unusual."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoseg.arrays.unusual import combined, describe_image, describe_mask, unusual
+from autoseg.files.preprocessed import digest
+from autoseg.files.workspace import Workspace, load_record
+from autoseg.logs import Reporter
+from autoseg.types.case import Image, Placement
+from autoseg.types.selection import Selection
+from autoseg.types.trust import CaseNumbers, Trust
+
+if TYPE_CHECKING:
+    import torch
+
+    from autoseg.arrays.quality import Features
+    from autoseg.inference import Member, Model
+
+FILE = "trust.json"
+
+
+def trust_path(workspace: Workspace) -> Path:
+    """Where the Trust record lies."""
+    return workspace.root / FILE
+
+
+def find_judge(
+    workspace: Workspace, selection: Selection, networks: Mapping[str, str], mirror: bool, reporter: Reporter,
+) -> Judge | None:
+    """The judge of masks made by these networks (hashes by run and fold); None without trust.json, or when it is of others.
+
+    Raises RecordError when trust.json is damaged.
+    """
+    path = trust_path(workspace)
+    if not path.exists():
+        return None
+    trust = load_record(path, Trust)
+    same = (trust.runs, trust.weights) == (selection.runs, selection.run_weights)
+    if not same or any(trust.networks.get(name) != found for name, found in networks.items()):
+        reporter.warn(f"{path} was made for other runs or networks and is not used; make it anew: autoseg select {workspace.root}")
+        return None
+    return Judge(trust, mirror)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What predictions are judged by; `mirror` says whether they average over mirrored copies."""
+
+    trust: Trust
+    mirror: bool = True
+
+    @property
+    def key(self) -> str:
+        """Stands for everything that the judgement depends on."""
+        return digest(self.trust.inputs)
+
+    @property
+    def temperatures(self) -> dict[str, float]:
+        """The temperature of each run."""
+        return {run: calibration.temperature for run, calibration in self.trust.calibration.items()}
+
+    def look(self, model: Model, image: Image) -> CaseNumbers:
+        """What an image is like."""
+        return describe_image(image, model.members[0].plan, model.members[0].configuration)
+
+    def columns(
+        self, model: Model, placements: Sequence[Placement], logits: Sequence[torch.Tensor], label_zyx: NDArray[np.integer],
+        image: CaseNumbers,
+    ) -> dict[str, str]:
+        """Columns of summary.csv, empty where nothing can be told.
+
+        `quality` (likely foreground mean Dice) with the bounds of its interval, `quality_<structure>`, `unusual` in words, and
+        `entropy`: bits per voxel of the structures found, as single networks say.
+        """
+        from autoseg.arrays.quality import estimate_quality, mean_entropy, mean_features
+
+        features = prediction_features(model, placements, logits)
+        row = dict.fromkeys(["quality", "quality_low", "quality_high"], "")
+        models = {"": (self.trust.quality_mean, mean_features(features))}
+        models |= {f"_{name}": (self.trust.quality.get(name), found) for name, found in features.items()}
+        for name, (regression, found) in models.items():
+            if regression is None:
+                continue
+            estimate = None if found is None or not self._comparable(model) else estimate_quality(regression, found)
+            row[f"quality{name}"] = "" if estimate is None else f"{estimate[0]:.3f}"
+            if not name and estimate is not None:
+                row["quality_low"], row["quality_high"] = f"{estimate[1]:.3f}", f"{estimate[2]:.3f}"
+        case = combined(image, describe_mask(label_zyx, placements[0].stored, model.labels))
+        entropy = mean_entropy(features)
+        row["unusual"] = "; ".join(unusual(case, self.trust.training))
+        row["entropy"] = "" if entropy is None else f"{entropy:.4f}"
+        return row
+
+    def _comparable(self, model: Model) -> bool:
+        """Whether predictions are mirrored as those were that the estimate was fitted on."""
+        return self.mirror == self.trust.mirror or not any(member.mirror_axes for member in model.members)
+
+
+def prediction_features(
+    model: Model, placements: Sequence[Placement], logits: Sequence[torch.Tensor]
+) -> dict[str, Features | None]:
+    """Features of a prediction by structure, from logits made with uncertainty; members of an ensemble are averaged."""
+    from autoseg.arrays.quality import weighted
+
+    members = list(zip(model.members, placements, logits, strict=True))
+    each = [_member_features(model, member, placement, one) for member, placement, one in members]
+    shares = [member.weight for member in model.members]
+    return {name: weighted([one[name] for one in each], shares) for name, _ in model.labels.targets}
+
+
+def _member_features(model: Model, member: Member, placement: Placement, logits: torch.Tensor) -> dict[str, Features | None]:
+    """Features of one member's prediction, on its own grid."""
+    from autoseg.arrays.quality import beliefs, target_features
+
+    labels, classes = model.labels, model.labels.output_count
+    decision, everywhere, own = beliefs(logits[:classes], bool(labels.regions))
+    entropy, disagreement = (logits[classes + i].cpu().numpy() for i in (0, 1))
+    voxel_ml = _voxel_ml(placement)
+    found: dict[str, Features | None] = {}
+    for index, (name, _) in enumerate(labels.targets):
+        place = index if labels.regions else index + 1
+        mask: NDArray[np.bool_] = decision[place] > 0 if labels.regions else decision == place
+        sums = (float(everywhere[place]), float(own[place]))
+        found[name] = target_features(mask, entropy, disagreement, sums, voxel_ml, member.configuration.dims == 2)
+    return found
+
+
+def _voxel_ml(placement: Placement) -> float:
+    """Volume of a voxel of the preprocessed grid: the image's voxels share the volume that they had."""
+    return placement.stored.voxel_volume_ml * math.prod(placement.cropped_shape) / math.prod(placement.shape)
+
