@@ -182,7 +182,6 @@ class Model:
             total += 4 * voxels * (2 * len(self.channels) + outputs + 1 + (member.previous is not None))
         return total
 
-    @torch.inference_mode()
     def logits(
         self, member: Member, case: Preprocessed, advance: Callable[[int], None] = lambda n: None, uncertainty: bool = False,
     ) -> torch.Tensor:
@@ -190,23 +189,35 @@ class Model:
 
         With `uncertainty` the channels `MAPS` follow the classes.
         """
-        configuration = member.configuration
-        image = torch.from_numpy(case.image_czyx).to(self.device)
-        labels = 0
+        before: NDArray[np.integer] | None = None
         if member.previous is not None:
             if case.previous is None:
                 raise ValueError("the case was not prepared for the previous stage")
-            labels = len(self.labels.foreground)
-            before = torch.from_numpy(self.segmentation(member.previous, case.previous, case.placement))
-            image = torch.cat([image, before.to(self.device)[None].float()])
+            before = self.segmentation(member.previous, case.previous, case.placement)
+        return self.slide(member, case.image_czyx, before, advance, uncertainty)
+
+    @torch.inference_mode()
+    def slide(
+        self,
+        member: Member,
+        image_czyx: NDArray[np.float32],
+        previous_zyx: NDArray[np.integer] | None = None,
+        advance: Callable[[int], None] = lambda n: None,
+        uncertainty: bool = False,
+    ) -> torch.Tensor:
+        """Logits of a preprocessed image, as `logits`; `previous_zyx` is the previous stage's segmentation on its grid."""
+        configuration = member.configuration
+        image = torch.from_numpy(image_czyx).to(self.device)
+        if previous_zyx is not None:
+            image = torch.cat([image, torch.from_numpy(previous_zyx).to(self.device)[None].float()])
         flat = configuration.dims == 2
         size = (1, *configuration.patch_size) if flat else configuration.patch_size
-        _, z, y, x = case.image_czyx.shape
+        _, z, y, x = image_czyx.shape
         tiling = make_tiling((z, y, x), (size[0], size[1], size[2]))
 
         def forward(tiles: torch.Tensor) -> torch.Tensor:
-            if labels:  # only now: channels for all labels of a whole volume would be large
-                tiles = torch.cat([tiles[:, :-1], one_hot(tiles[:, -1], labels)], 1)
+            if previous_zyx is not None:  # only now: channels for all labels of a whole volume would be large
+                tiles = torch.cat([tiles[:, :-1], one_hot(tiles[:, -1], len(self.labels.foreground))], 1)
             result = self._passes(member, tiles[:, :, 0] if flat else tiles, uncertainty)
             return result[:, :, None] if flat else result
 

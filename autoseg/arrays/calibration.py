@@ -28,7 +28,8 @@ class VoxelSample:
     """Voxels that stand for whole images.
 
     logits: (n, classes) float. truth: (n,) class numbers, or (n, regions) 0 and 1 for sigmoid outputs. weights: (n,), how many
-    voxels each stands for. near: (n,), whether it lies at a boundary or in a structure.
+    voxels each stands for. near: (n,), whether it lies at a boundary or inside of what was predicted; to judge calibration on
+    voxels that are chosen by what is true would be circular.
     """
 
     logits: NDArray[np.floating]
@@ -167,17 +168,16 @@ def calibrate_sample(
     whole = VoxelSample.joined(samples)
     temperature = fit_temperature(whole)
     numbers = sorted(set(parts))
-    common = {"temperature": temperature, "voxels": sum(sizes), "cases": len(samples)}
+    plain = Calibration(temperature=temperature, voxels=sum(sizes), cases=len(samples))
     if len(numbers) < 2:
-        return Calibration(**common)
+        return plain
     of_voxel = np.repeat(np.asarray(parts), sizes)
     held = {part: fit_temperature(whole.only(of_voxel != part)) for part in numbers}
-    after = np.array([held[part] for part in parts])
-    each = np.repeat(after, sizes)
-    near = whole.near
-    scores = {}
-    if near.any():
-        scores = {"near_before": score(whole.only(near), 1.0), "near_after": score(whole.only(near), each[near])}
-    return Calibration(
-        **common, parts=kind, part_temperatures=held, **scores, whole_before=score(whole, 1.0), whole_after=score(whole, each)
-    )
+    each = np.repeat([held[part] for part in parts], sizes)
+    near, some = whole.near, bool(whole.near.any())
+    return plain.model_copy(update={
+        "parts": kind, "part_temperatures": held,
+        "near_before": score(whole.only(near), 1.0) if some else None,
+        "near_after": score(whole.only(near), each[near]) if some else None,
+        "whole_before": score(whole, 1.0), "whole_after": score(whole, each),
+    })

@@ -172,16 +172,15 @@ class Search:
 
 
 def greedy_search(
-    runs: int, parts: NDArray[np.intp], score: Callable[[Sequence[Weights]], Floats],
+    runs: int, parts: NDArray[np.intp], count: int, score: Callable[[Sequence[Weights]], Floats],
     advance: Callable[[int], None] = lambda n: None,
 ) -> Search:
     """Build ensembles greedily, with replacement, on all cases and on all but each part.
 
     A path begins at its best single run and adds the run that raises the foreground mean most, until none does or `MAX_STEPS`
-    is reached. parts: of each case, numbered from 0. score: Dice (ensembles, cases, targets) of ensembles; all that a round needs
-    are asked for at once. advance: called after each round.
+    is reached. parts: of each case, out of `count` numbered from 0. score: Dice (ensembles, cases, targets) of ensembles; all
+    that a round needs are asked for at once. advance: called after each round.
     """
-    count = int(parts.max()) + 1
     pool = {tuple(int(i == r) for i in range(runs)): r for r in range(runs)}
     dice = score(list(pool))
     advance(1)

@@ -28,7 +28,8 @@ FAR_VOXELS = 5.0  # a false object this far from every true one has nothing to d
 FOUND_SHARE = 0.1  # an object is found when this share of its voxels is
 SLICE_VOXELS = 1.5  # a slice's centre this far off the line of its neighbours is a jump,
 SLICE_AREA = 0.4  # or the found share of its area, this much more or less than theirs
-SLICE_LEAST = 30  # voxels of the reference in a slice that is looked at; and at least a quarter of the largest slice
+SLICE_LEAST = 80  # voxels of the reference in a slice that is looked at, and at least a quarter of the largest slice
+SLICE_FOUND = 0.5  # share of a slice's area that must be there before its centre says anything
 SLICES_LEAST = 5
 
 
@@ -269,7 +270,8 @@ def _jumping(
     if len(slices) < SLICES_LEAST:
         return 0, slices[:0]
     ratio = found[slices] / area[slices] / SLICE_AREA
-    offsets = np.where(found[slices, None] > 0, found_centres[slices] - centres[slices], 0.0) / (SLICE_VOXELS * voxel_mm)
+    enough = found[slices, None] >= SLICE_FOUND * area[slices, None]
+    offsets = np.where(enough, found_centres[slices] - centres[slices], 0.0) / (SLICE_VOXELS * voxel_mm)
     jumping = []
     for k in range(2, len(slices) - 2):
         for profile in (ratio, *offsets.T):

@@ -38,7 +38,7 @@ def describe_image(image: Image, plan: Plan, configuration: Configuration) -> Ca
             numbers[f"spacing {name}"] = Number(value=spacing, unit="mm", log=True)
             numbers[f"field of view {name}"] = Number(value=spacing * size, unit="mm", log=True)
     if grid.has_direction:
-        numbers["tilt"] = Number(value=_tilt(grid), unit="degrees")
+        numbers["tilt"] = Number(value=_tilt(grid), unit="degrees", slack=2.0)
     for index, (name, channel) in enumerate(zip(plan.channels, image.array_czyx, strict=True)):
         relative = configuration.normalization[index] in ("ZScoreNormalization", "RescaleTo01Normalization")
         numbers |= {f"{name} {key}": number for key, number in _intensities(channel, relative).items()}
@@ -62,7 +62,7 @@ def _tilt(grid: Grid) -> float:
 def _intensities(channel_zyx: NDArray[np.generic], relative: bool) -> dict[str, Number]:
     flat = channel_zyx.reshape(-1)
     values = flat[::max(1, flat.size // LOOKED_AT)].astype(np.float64)
-    shares = {"share of zeros": Number(value=float((values == 0).mean()))}
+    shares = {"share of zeros": Number(value=float((values == 0).mean()), slack=0.05)}
     values = values[values != 0]
     if not values.size:
         return shares
@@ -71,7 +71,8 @@ def _intensities(channel_zyx: NDArray[np.generic], relative: bool) -> dict[str, 
     if relative:
         scale = max(deviation, 1e-12)
         named = {"1st percentile": low, "median": middle, "99th percentile": high}
-        return shares | {name: Number(value=(float(v) - mean) / scale, unit="standard deviations") for name, v in named.items()}
+        unit = "standard deviations"
+        return shares | {name: Number(value=(float(v) - mean) / scale, unit=unit, slack=0.1) for name, v in named.items()}
     return shares | {
         "mean": Number(value=mean), "standard deviation": Number(value=deviation), "1st percentile": Number(value=float(low)),
         "99th percentile": Number(value=float(high)),
@@ -110,6 +111,7 @@ def _spread(numbers: Sequence[Number]) -> Spread:
     return Spread(
         low=float(values.min()), high=float(values.max()), mean=float(scaled.mean()),
         deviation=float(scaled.std(ddof=1)) if len(values) > 1 else 0.0, cases=len(values), log=log, unit=numbers[0].unit,
+        slack=numbers[0].slack,
     )
 
 
@@ -118,7 +120,7 @@ def is_outside(value: float, spread: Spread) -> bool:
 
     The limit of rarity is that of a prediction interval (Student's t), so that few training cases flag little.
     """
-    slack = TOLERANCE * max(abs(spread.low), abs(spread.high))
+    slack = max(spread.slack, TOLERANCE * max(abs(spread.low), abs(spread.high)))
     if spread.low - slack <= value <= spread.high + slack or spread.cases < 2:
         return False
     if spread.log and value <= 0:

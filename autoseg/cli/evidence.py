@@ -10,6 +10,7 @@ import typer
 from autoseg.cli.app import (
     ConfigOption,
     DeviceOption,
+    PrecisionOption,
     ThreadsOption,
     WorkArgument,
     app,
@@ -49,14 +50,25 @@ def evaluate(
 
 
 @app.command()
-def select(work: WorkArgument, threads: ThreadsOption = None) -> None:
-    """Choose the best configuration or ensemble and its post-processing on the cross-validation."""
+def select(
+    work: WorkArgument,
+    masks_only: Annotated[
+        bool, typer.Option("--masks-only", help="Compare the validation masks there are; no ensembles, no thresholds.")
+    ] = False,
+    crf: Annotated[bool, typer.Option("--crf", help="Also try a dense CRF as post-processing (slow).")] = False,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    threads: ThreadsOption = None,
+) -> None:
+    """Choose run or ensemble and post-processing on the cross-validation; kept is only what gains on folds it was not chosen on."""
     from autoseg.files.workspace import Workspace
+    from autoseg.stages.select import Options
     from autoseg.stages.select import select as run_select
     from autoseg.stages.summary import describe_selection
 
     compute_threads()
-    selection = run_select(Workspace(work).require(), reporter=reporter, threads=max(1, reading_threads(threads)))
+    options = Options(not masks_only, crf, device, precision)
+    selection = run_select(Workspace(work).require(), reporter, max(1, reading_threads(threads)), options)
     facts, table = describe_selection(selection)
     print_table(table, "candidates")
     out.print("\n".join(facts), markup=False)
@@ -64,7 +76,7 @@ def select(work: WorkArgument, threads: ThreadsOption = None) -> None:
 
 @app.command()
 def diagnose(
-    work: Annotated[Path, typer.Argument(help="The work folder, or a folder of masks together with --reference.")],
+    work: Annotated[Path, typer.Argument(help="The work folder, or a folder of masks with --reference.")],
     reference: Annotated[Path | None, typer.Option("--reference", help="Reference masks, when WORK is a folder of masks.")] = None,
     run: Annotated[str | None, typer.Option("--name", help="A run; default: the selected one.")] = None,
     threads: ThreadsOption = None,
@@ -119,8 +131,8 @@ def reproduce(
     options = Options(device, time_budget_s=None if time_budget is None else parse_duration(time_budget))
     workspace = Workspace(work or Path(f"reproduce-{name}"))
     result = stage.reproduce(
-        name, data, workspace, spec, planner=planner, configurations=config, folds=fold_numbers(folds), partial=partial, options=options,
-        reporter=reporter, interrupts=interrupts,
+        name, data, workspace, spec, planner=planner, configurations=config, folds=fold_numbers(folds), partial=partial,
+        options=options, reporter=reporter, interrupts=interrupts,
     )
     print_table(stage.reproduction_table(result))
     out.print("\n".join(stage.reproduction_facts(result)), markup=False)

@@ -131,7 +131,7 @@ def plan(
 def explain(
     work: WorkArgument,
     what_if: Annotated[
-        str | None, typer.Option("--what-if", help="GPU memory budgets in GB, like 4,8,24: what the plan would be with each.")
+        str | None, typer.Option("--what-if", help="GPU memory budgets in GB, like 4,8,24: the plan with each.")
     ] = None,
     measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Measure steps here for the times of --what-if.")] = True,
     device: DeviceOption = "auto",

@@ -51,7 +51,7 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether training is finished: the weights are those of the recorded length, not of a shorter run that is made longer."""
+        """Whether training is finished: the weights are those of the recorded length, not of a run that is made longer."""
         if not self.usable:
             return False
         epochs = _metadata(self.weights_path).get("epochs")

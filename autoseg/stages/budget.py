@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 VALIDATION_STEP = 0.35  # seconds of a validation step, as a share of a training step
 RESERVE, RESERVE_SECONDS = 0.04, 2.0  # of the budget, for what cannot be foreseen
 EPOCHS_AT_LEAST = 20  # shorter runs get shorter epochs, so that curves can still be read and the length be adjusted
+STEPS_AT_LEAST = 20  # of a run; a budget for less is refused
 WORTH_A_CHANGE = 0.03  # a run's length is changed only by more than this share
 UNITS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -114,6 +115,14 @@ class Budget:
     def steps(self) -> int:
         """Steps that every fold can have."""
         return affordable_steps(self.left, list(self.shares.values()), self.paces, self.spec)
+
+    def shortfall(self) -> float:
+        """Seconds that lack for validation and the fewest sensible steps of every fold; 0 or less when the budget suffices."""
+        return sum(
+            share.cases * self.paces[share.configuration].case
+            + max(0, STEPS_AT_LEAST - share.done) * self.paces[share.configuration].per_step(self.spec)
+            for share in self.shares.values()
+        ) - self.left
 
     def length(self, key: tuple[str, int], spec: TrainSpec) -> TrainSpec:
         """The record of a fold that is about to begin, or to go on with epochs as long as they were."""

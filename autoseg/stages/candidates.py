@@ -113,7 +113,7 @@ def _search(contest: Contest, source: OutOfFold | None, reporter: Reporter) -> S
     runs = list(contest.runs)
     if source is not None:
         with reporter.task("ensembles", MAX_STEPS + 1, unit="rounds") as task:
-            return greedy_search(len(runs), parts, _Tables(source).score, task.advance)
+            return greedy_search(len(runs), parts, count, _Tables(source).score, task.advance)
     singles = [tuple(int(i == r) for i in range(len(runs))) for r in range(len(runs))]
     dice = np.stack([_reported(contest, run) for run in runs])
     return Search(singles, dice, np.ones((len(runs), count), bool), singles[0])

@@ -230,7 +230,7 @@ def _side_axis(reference: Ints, left: Target, right: Target, spacing: Sequence[f
             return None
         profiles = [mask.sum(axis=tuple(b for b in range(3) if b != a)) for a in range(3)]
         centres.append([float(np.average(np.arange(len(profile)), weights=profile)) for profile in profiles])
-    return int(np.argmax(np.abs(np.subtract(*centres)) * np.asarray(spacing)))
+    return int(np.argmax(np.abs(np.asarray(centres[0]) - np.asarray(centres[1])) * np.asarray(spacing)))
 
 
 def _declared(references: Path) -> Labels | None:

@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoseg.arrays.metrics import Target, default_tolerance_mm, examine, label_values
-from autoseg.arrays.postprocess import apply_postprocessing
 from autoseg.datasets.description import describe_beside
 from autoseg.datasets.manifest import MANIFEST_ENDINGS, read_manifest
 from autoseg.datasets.splits import groups_from_names
@@ -22,7 +21,6 @@ from autoseg.logs import SILENT, Reporter
 from autoseg.types.dataset import CaseFiles
 from autoseg.types.geometry import Grid
 from autoseg.types.labels import Labels
-from autoseg.types.record import Spec
 from autoseg.types.report import COUNTS, METRICS, CaseMetrics, Report, Value, Values
 
 Masks = Path | Mapping[str, Path]
@@ -125,24 +123,13 @@ def read_pair(prediction: Path, reference: Path, labels: Labels | None, case: st
     return prediction_zyx, reference_zyx, grid
 
 
-def postprocess(label_zyx: Ints, labels: Labels, steps: Sequence[Spec]) -> Ints:
-    """Apply post-processing steps, which speak in inside indices, to a label map in disk values."""
-    if not steps:
-        return label_zyx
-    index = np.asarray(labels.encode(label_zyx))
-    done = apply_postprocessing(index, steps)
-    kind = np.promote_types(label_zyx.dtype, np.min_scalar_type(labels.background.value))
-    return np.where(done != index, np.asarray(labels.background.value, kind), label_zyx)
-
-
-def _measure_case(pair: Pair, labels: Labels | None, tolerance_mm: float | None, steps: Sequence[Spec]) -> CaseMetrics:
+def _measure_case(pair: Pair, labels: Labels | None, tolerance_mm: float | None) -> CaseMetrics:
     """Read and measure one case; without `labels`, the values other than 0 that occur in it."""
     case, prediction_path, reference_path = pair
     prediction, reference, grid = read_pair(prediction_path, reference_path, labels, case)
     ignore = labels.ignore.value if labels and labels.ignore else None
     if labels is not None:
         targets = targets_of(labels)
-        prediction = postprocess(prediction, labels, steps)
     else:
         values = sorted({*label_values(prediction), *label_values(reference)} - {0})
         targets = [(str(value), (value,)) for value in values]
@@ -192,19 +179,16 @@ def run_cases(work: Callable[[Pair], CaseMetrics], pairs: Sequence[Pair], thread
 
 def evaluate(
     predictions: Masks, references: Masks, labels: Labels | None = None, nsd_tolerance_mm: float | None = None, threads: int = 2,
-    reporter: Reporter = SILENT, postprocessing: Sequence[Spec] = (), cases: Iterable[CaseFiles] = (),
+    reporter: Reporter = SILENT, cases: Iterable[CaseFiles] = (),
 ) -> Report:
     """Measure every reference's prediction; files belong together by case name, their endings may differ.
 
     predictions, references: a folder, or files by case. labels: what is measured and which values may occur; without it every
-    value but 0 that is found in any file. nsd_tolerance_mm: None for one voxel in-plane of each case. postprocessing: steps in
-    inside indices, applied to the predictions first (needs `labels`). cases: patients and further manifest columns, where known;
-    without them patients are recognised in the cases' names.
+    value but 0 that is found in any file. nsd_tolerance_mm: None for one voxel in-plane of each case. cases: patients and further
+    manifest columns, where known; without them patients are recognised in the cases' names.
     Raises DatasetError when predictions are missing or a file is faulty, GeometryError when a prediction lies on another grid
     than its reference; all faulty cases are listed at once.
     """
-    if postprocessing and labels is None:
-        raise ValueError("post-processing needs labels")
     if nsd_tolerance_mm is not None and not (np.isfinite(nsd_tolerance_mm) and nsd_tolerance_mm >= 0):
         raise DatasetError(f"the tolerance of NSD must be 0 mm or more, found {nsd_tolerance_mm}")
     pairs, unused = pairs_of(predictions, references)
@@ -213,7 +197,7 @@ def evaluate(
     measured: list[CaseMetrics] = []
     faults: list[AutosegError] = []
     with reporter.task("evaluate", len(pairs)) as task:
-        for case, result in run_cases(lambda p: _measure_case(p, labels, nsd_tolerance_mm, postprocessing), pairs, threads):
+        for case, result in run_cases(lambda p: _measure_case(p, labels, nsd_tolerance_mm), pairs, threads):
             if isinstance(result, AutosegError):
                 faults.append(result)
             else:

@@ -241,11 +241,12 @@ def _shades(labels: int) -> NDArray[np.uint8]:
     return np.asarray(np.round(255 * np.concatenate([fixed, mixtures, greys])), np.uint8)
 
 
-def progress_figure(path: Path, epochs: Sequence[Mapping[str, object]]) -> None:
+def progress_figure(path: Path, epochs: Sequence[Mapping[str, object]], midway: Sequence[Mapping[str, object]] = ()) -> None:
     """Write a PNG with the learning curves of a run: loss, pseudo Dice per class, learning rate and seconds per epoch.
 
     `epochs` are rows of metrics.jsonl (`epoch, train_loss, val_loss, pseudo_dice, learning_rate, seconds`; missing or
-    non-finite values leave gaps; `pseudo_dice` is a list, or a mapping from class names).
+    non-finite values leave gaps; `pseudo_dice` is a list, or a mapping from class names). `midway` are rows of midway.jsonl
+    (`epoch, mean`), whose Dice over whole cases is drawn as diamonds in the colours of the classes.
     """
     from matplotlib.figure import Figure
 
@@ -265,6 +266,10 @@ def progress_figure(path: Path, epochs: Sequence[Mapping[str, object]]) -> None:
         dice.plot(at, values, color=colour(position), linewidth=1.0, **faint, **style)
         if noisy:
             dice.plot(at, _smoothed(values), color=colour(position), label=name, linewidth=1.8)
+    looks = [_number(row.get("epoch")) for row in midway]
+    for position, (name, values) in enumerate(_whole_case_dice(midway, list(_pseudo_dice(epochs))).items()):
+        dice.plot(looks, values, color=colour(position), linestyle=":", marker="D", markersize=4, linewidth=1.0,
+                  markeredgecolor=TEXT, markeredgewidth=0.5, label=f"{name}, whole cases")
     dice.set_ylim(-0.02, 1.02)
     rate.plot(at, column("learning_rate"), color=PALETTE[4], linewidth=1.6, label="learning rate", **style)
     seconds = rate.twinx()
@@ -313,6 +318,17 @@ def _pseudo_dice(epochs: Sequence[Mapping[str, object]]) -> dict[str, list[float
         for name, value in pairs:
             table.setdefault(name, [float("nan")] * len(epochs))[place] = _number(value)
     return table
+
+
+def _whole_case_dice(midway: Sequence[Mapping[str, object]], names: Sequence[str]) -> dict[str, list[float]]:
+    """Mean Dice over whole cases by class name, one value (or NaN) per row; first the classes `names`, in their order."""
+    rows = [_mapping(row.get("mean")) for row in midway]
+    found = dict.fromkeys([*names, *(str(name) for row in rows for name in row)]) if rows else {}
+    return {name: [_number(_mapping(row.get(name)).get("dice")) for row in rows] for name in found}
+
+
+def _mapping(value: object) -> Mapping[Any, object]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def _smoothed(values: Sequence[float]) -> NDArray[np.float64]:

@@ -46,7 +46,7 @@ def find_judge(
     trust = load_record(path, Trust)
     same = (trust.runs, trust.weights) == (selection.runs, selection.run_weights)
     if not same or any(trust.networks.get(name) != found for name, found in networks.items()):
-        reporter.warn(f"{path} was made for other runs or networks and is not used; make it anew: autoseg select {workspace.root}")
+        reporter.warn(f"{path} is about other runs or networks and is not used; make it anew: autoseg select {workspace.root}")
         return None
     return Judge(trust, mirror)
 

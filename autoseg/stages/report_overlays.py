@@ -173,12 +173,14 @@ def drawing_of_view(view: View, case: str, names: Sequence[str], has_image: bool
     seen = sorted({names[o.label] for o in view.outlines})
     alt = f"{case}, {where}: {', '.join(seen) or 'no label'}; reference filled, prediction outlined"
     label = escape(alt, quote=True)
-    picture = (f'<img alt="{label}" width="{width}" height="{height}" src="data:image/jpeg;base64,{_jpeg(view.picture)}">'
-               if has_image else f'<span class="blank" style="aspect-ratio: {width} / {height}"></span>')
-    svg = (f'<span class="view">{picture}<svg class="over" viewBox="0 0 {width} {height}" '
-           f'{"aria-hidden=" + chr(34) + "true" + chr(34) if has_image else f"role={chr(34)}img{chr(34)} aria-label={chr(34)}{label}{chr(34)}"}>'
-           f'{"".join(parts)}</svg></span>')
-    return Drawing(svg, where, "", alt)
+    if has_image:
+        picture = f'<img alt="{label}" width="{width}" height="{height}" src="data:image/jpeg;base64,{_jpeg(view.picture)}">'
+        named = 'aria-hidden="true"'
+    else:
+        picture = f'<span class="blank" style="aspect-ratio: {width} / {height}"></span>'
+        named = f'role="img" aria-label="{label}"'
+    svg = f'<span class="view">{picture}<svg {named} viewBox="0 0 {width} {height}">{"".join(parts)}</svg></span>'
+    return Drawing(svg, where, "", alt, width / height)
 
 
 def _jpeg(picture: NDArray[np.uint8]) -> str:

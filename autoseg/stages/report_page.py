@@ -51,12 +51,13 @@ class Reasons:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A chart: inline SVG, what it is called, how it is read, and what it shows in words for those who do not see it."""
+    """A chart or picture: inline SVG, its title, how it is read, what it shows in words, and its width over its height."""
 
     svg: str
     title: str
     caption: str
     alt: str
+    ratio: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from statistics import fmean, median
 from autoseg.stages.evaluate import lesion_table
 from autoseg.stages.report_page import Charts, Facts, Folded, Section, Table, Text, trim
 from autoseg.stages.report_pictures import Chart, Strip, drawing_of, scatter_chart, short, strip_chart
-from autoseg.types.report import METRICS, CaseMetrics, Report, Value
+from autoseg.types.report import METRICS, NOT_STATED, CaseMetrics, Report, Value
 
 MAIN = ("dice", "nsd", "hd95", "assd", "sensitivity", "precision", "volume_error")
 SHOWN_CHARTS = ("dice", "nsd", "hd95", "volume_error")
@@ -20,10 +20,10 @@ TITLES = {
     "lesion_precision": "lesions right", "lesion_f1": "lesion F1", "lesion_false_positives": "false lesions per case",
 }
 EXPLAINED = {
-    "dice": "Dice: overlap with the reference, from 0 (none) to 1 (identical).",
-    "nsd": "NSD: share of the surface that lies within the tolerance of the reference's surface.",
-    "hd95": "HD95: 95 % of the surfaces lie nearer to one another than this.",
-    "volume_error": "Signed error of the volume, as a share of the reference's volume.",
+    "dice": "Overlap with the reference, from 0 (none) to 1 (identical).",
+    "nsd": "Share of the surfaces that lie within the tolerance of one another.",
+    "hd95": "95 % of the surfaces lie nearer to one another than this.",
+    "volume_error": "Too large on the right, too small on the left of zero.",
 }
 MOST_CASES = 400
 SEVERAL = 1.5  # lesions per case and label, on average, from which on lesions are told first
@@ -124,11 +124,12 @@ def results(report: Report, source: str) -> tuple[Section, list[Chart]]:
     if (volumes := _volumes(report)) is not None:
         charts.append(volumes)
     lesions = lesion_table(report)
-    several = any(sum(size.reference for size in counts.values()) > SEVERAL * len(report.cases) for counts in report.lesions.values())
+    several = _several(report)
     table = Table(lesions, "Lesions by size over all cases: in the reference, found, in the prediction, false.", 2)
     blocks: list[object] = [
         Table(trim(_per_label(report)), "Means over cases; below each its 95 % interval over patients."),
-        Text(_undefined(report)), Charts([drawing_of(chart) for chart in charts])]
+        Text(_undefined(report)), Text("In the charts, points are cases, boxes the middle half of them with the median, and diamonds "
+                                       "the mean with its 95 % interval."), Charts([drawing_of(chart) for chart in charts])]
     if several:
         blocks.append(table)
     blocks.append(Folded("All metrics", [Table(_all_metrics(report), "Mean of each metric, with its 95 % interval.")]))
@@ -138,9 +139,15 @@ def results(report: Report, source: str) -> tuple[Section, list[Chart]]:
     return Section("results", "Results", blocks, source), charts
 
 
+def _several(report: Report) -> bool:
+    """Whether cases hold several lesions of some label, so that counting them says something."""
+    counts = (sum(size.reference for size in classes.values()) for classes in report.lesions.values())
+    return any(count > SEVERAL * len(report.cases) for count in counts)
+
+
 def _per_label(report: Report) -> list[list[str]]:
     names = [name for name in MAIN if report.foreground_mean.get(name) is not None]
-    if any(v is not None for v in (report.foreground_mean.get("lesion_f1"),)) and report.lesions:
+    if _several(report) and report.foreground_mean.get("lesion_f1") is not None:
         names.append("lesion_f1")
     rows = [["label", *(TITLES[name] for name in names), "absent", "missed", "spurious"]]
     for label, values in report.mean.items():
@@ -200,14 +207,17 @@ def _spread(report: Report, name: str) -> Chart | None:
     """One metric's spread over cases, label by label; of Dice the worst case is named."""
     rows = []
     for position, label in enumerate(report.mean):
-        values = _values(report, label, name)
+        factor = 100 if name == "volume_error" else 1
+        values = [factor * v for v in _values(report, label, name)]
         found = [(v, case.case) for v, case in zip(values, report.cases, strict=True) if math.isfinite(v)]
         named = (min(found)[1], min(found)[0]) if name == "dice" and len(found) > 3 and len(report.mean) <= 6 else None
-        rows.append(Strip(label, values, position, report.intervals.get(label, {}).get(name), named))
+        interval = report.intervals.get(label, {}).get(name)
+        rows.append(Strip(label, values, position, interval and (factor * interval[0], factor * interval[1]), named))
     upper = 1.02 if name in ("dice", "nsd") else None
-    caption = f"{EXPLAINED[name]} Points: cases; box: quartiles; diamond: mean, with its 95 % interval."
-    zero = name == "volume_error"
-    return strip_chart(f"spread-{name}", f"{TITLES[name]} over cases", rows, TITLES[name], caption, limits=(None, upper), zero=zero)
+    title = TITLES[name].removesuffix(", mm")
+    label = "volume error, % of the reference" if name == "volume_error" else TITLES[name]
+    return strip_chart(f"spread-{name}", title[:1].upper() + title[1:], rows, label, EXPLAINED[name], limits=(None, upper),
+                       zero=name == "volume_error")
 
 
 def _volumes(report: Report) -> Chart | None:
@@ -225,7 +235,7 @@ def _volumes(report: Report) -> Chart | None:
     wide = len(every) > 1 and max(every) > 12 * min(every)
     return scatter_chart(
         "volumes", "Volumes", groups, "reference, ml", "prediction, ml",
-        "Points: cases. On the dashed line the volumes are equal; above it, too much was segmented.", log=wide)
+        "On the dashed line the volumes are equal; above it, too much was segmented.", log=wide)
 
 
 def voxel_ml(case: CaseMetrics) -> float | None:
@@ -257,10 +267,10 @@ def groups(report: Report, source: str) -> tuple[Section, list[Chart]] | None:
         for value, means in values.items():
             rows.append([column, value, str(report.group_cases.get(column, {}).get(value, "")),
                          *(number("dice", means.get(label, {}).get("dice")) for label in labels)])
-        parts = [Strip(value, [case_score(c) for c in report.cases if c.attributes.get(column, "(not stated)") == value], i)
-                 for i, value in enumerate(values)]
+        parts = [Strip(value, [case_score(c) for c in report.cases if c.attributes.get(column, NOT_STATED) == value])
+                 for value in values]
         chart = strip_chart(f"group-{len(charts)}", f"Dice by {column}", parts, "mean Dice of a case",
-                            "Points: cases; box: quartiles; diamond: mean.")
+                            "Points are cases, the diamond is their mean.")
         charts += [chart] if chart else []
     blocks = [Charts([drawing_of(chart) for chart in charts]), Table(rows, "Mean Dice by group of cases.", 2)]
     return Section("groups", "By group", blocks, source), charts

@@ -181,7 +181,8 @@ def _finished(workspace: Workspace, run: str) -> list[RunFolder]:
 def _selected(selection: Selection) -> Result:
     steps = f", {len(selection.postprocessing)} post-processing step(s)" if selection.postprocessing else ""
     return Result(method=f"selected: {' + '.join(selection.runs)}{steps}", folds=selection.folds, cases=selection.cases,
-                  values={MEAN: selection.foreground_mean_dice}, protocol="chosen on the out-of-fold predictions it is scored on")
+                  values={MEAN: selection.nested_dice},
+                  protocol="the default run's Dice plus the gains of what was chosen, each measured on folds it was chosen without")
 
 
 def _result(workspace: Workspace, benchmark: Benchmark, run: str, finished: Sequence[RunFolder], labels: Labels,

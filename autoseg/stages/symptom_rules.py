@@ -181,7 +181,9 @@ def _far(samples: Sequence[Sample], targets: Sequence[str], name: str) -> Findin
 def _jumps(rows: Sequence[Row], target: str) -> Finding | None:
     looked = [(s, t, t.jumps) for s, t in rows if t.jumps is not None]
     flagged = [(s, share) for s, t, share in looked if share >= max(JUMP_SHARE, JUMP_FACTOR * t.jumps_in_plane)]
-    if len(looked) < LEAST_CASES or not _common([s for s, _ in flagged], [s for s, *_ in looked], JUMPING_CASES):
+    if len(looked) < max(LEAST_CASES, len(rows) / 2):  # small or scattered objects hardly have slices that can be judged
+        return None
+    if not _common([s for s, _ in flagged], [s for s, *_ in looked], JUMPING_CASES):
         return None
     return Finding(symptom="slice_jumps", target=target, cases=_worst(flagged), evidence=(
         Evidence(quantity="share of slices off the line of their neighbours, median of the cases that show it",
@@ -195,7 +197,11 @@ def _jumps(rows: Sequence[Row], target: str) -> Finding | None:
 
 
 def _small(rows: Sequence[Row], target: str, depth_voxels: float) -> Finding | None:
-    """Objects below a size are missed while larger ones are found; objects no deeper than `depth_voxels` do not count."""
+    """Objects below a size are missed while larger ones are found; objects no deeper than `depth_voxels` do not count.
+
+    Cases whose sides are swapped do not count either: what carries the other side's name there was found.
+    """
+    rows = [(s, t) for s, t in rows if not any(target in pair and share >= SWAP_SHARE for pair, share in s.found.swaps.items())]
     pooled = [(s, o) for s, t in rows for o in t.objects if o.voxels >= 2 ** s.found.dims and o.depth_voxels > depth_voxels]
     missed = [(s, o) for s, o in pooled if not o.found]
     cases = list({s.case: s for s, _ in missed}.values())

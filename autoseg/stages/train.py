@@ -195,6 +195,13 @@ class _Work:
         return budget
 
     def _tell_choice(self, budget: Budget) -> None:
+        """Say what the budget buys. Raises RunError when it does not even hold validation and a few steps."""
+        if budget.shortfall() > 0:
+            rates = ", ".join(f"{name} {pace.step:.3g} s a step" for name, pace in budget.paces.items())
+            raise RunError(
+                f"a time budget of {duration(budget.seconds)} is too short for {len(budget.shares)} fold(s) on this machine ({rates}): "
+                f"it would take about {duration(1.1 * (budget.seconds + budget.shortfall()))}; give more time, fewer --folds, or one --config"
+            )
         fitted = fit_length(budget.spec, budget.steps())
         validation = sum(share.cases * budget.paces[share.configuration].case for share in budget.shares.values())
         rates = ", ".join(f"{name} {pace.step:.3g} s" for name, pace in budget.paces.items())

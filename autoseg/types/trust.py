@@ -34,7 +34,7 @@ class CalibrationScore(Record):
 class Calibration(Record):
     """The temperature that a run's logits are divided by, and what it does to voxels of held-back folds.
 
-    `near` are voxels at a boundary or inside a structure, `whole` all voxels; `after` uses for each part the temperature of
+    `near` are voxels at a boundary or inside of a predicted structure, `whole` all voxels; `after` uses for each part the temperature of
     `part_temperatures`, fitted without it. Scores are None where there is only one part. `parts` says what was held back.
     """
 
@@ -76,11 +76,12 @@ class QualityModel(Record):
 
 
 class Number(Record):
-    """A number of one case; with `log` its ratio to others counts, not its difference."""
+    """A number of one case; with `log` its ratio to others counts, not its difference; differences up to `slack` are nothing."""
 
     value: float
     unit: str = ""
     log: bool = False
+    slack: float = 0.0
 
 
 class CaseNumbers(Record):
@@ -101,6 +102,7 @@ class Spread(Record):
     cases: int
     log: bool = False
     unit: str = ""
+    slack: float = 0.0
 
 
 class TrainingCases(Record):

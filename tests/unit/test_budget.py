@@ -67,6 +67,15 @@ def test_a_run_is_never_longer_than_asked_and_short_runs_get_short_epochs(steps)
     assert fitted.epochs >= min(20, steps) and (steps < 5000 or fitted.steps_per_epoch == 250)
 
 
+def test_a_budget_that_does_not_hold_validation_and_a_few_steps_falls_short():
+    shares = {("run", 0): Share("a", 0, 10), ("run", 1): Share("a", 500, 10)}
+    spec = TrainSpec(steps_per_epoch=100, val_steps=0)
+    budget = Budget(100, spec, {"a": Pace(1.0, 3.0)}, shares)
+    # 100 s less 6 in reserve; two validations of 30 s, 20 steps for the fold that has none
+    assert budget.shortfall() == pytest.approx(80 - 94, abs=0.5)
+    assert Budget(60, spec, {"a": Pace(1.0, 3.0)}, shares).shortfall() > 20
+
+
 class Clock:
     """A clock that the test moves."""
 

@@ -96,14 +96,14 @@ def test_greedy_search_finds_the_best_shares_and_asks_for_each_ensemble_once():
         asked.extend(ensembles)
         return quadratic(np.array([0.5, 0.25, 0.25, 0]))(ensembles)
 
-    found = greedy_search(4, np.arange(10) % 5, score)
+    found = greedy_search(4, np.arange(10) % 5, 5, score)
     assert found.best == (2, 1, 1, 0)
     assert len(asked) == len(set(asked)) == len(found.ensembles) == len(found.dice) == len(found.allowed)
     assert found.ensembles[:4] == [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)] and found.allowed[:4].all()
 
 
 def test_one_run_is_not_searched():
-    found = greedy_search(1, np.arange(6) % 3, lambda e: np.ones((len(e), 6, 1)))
+    found = greedy_search(1, np.arange(6) % 3, 3, lambda e: np.ones((len(e), 6, 1)))
     assert found.ensembles == [(1,)] and found.best == (1,)
 
 
@@ -119,7 +119,7 @@ def test_paths_without_a_part_do_not_see_its_cases():
         return np.array(rows)[:, :, None]
 
     for flip in (0.0, 5.0):
-        found = greedy_search(3, parts, lambda e, f=flip: score(e, f))
+        found = greedy_search(3, parts, 3, lambda e, f=flip: score(e, f))
         tried = {e for e, may in zip(found.ensembles, found.allowed[:, 2], strict=True) if may}
         if flip == 0.0:
             expected = tried

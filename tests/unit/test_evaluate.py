@@ -23,7 +23,6 @@ from autoseg.stages.evaluate import (
 from autoseg.types.dataset import CaseFiles, Dataset
 from autoseg.types.geometry import Grid
 from autoseg.types.labels import Label, Labels, Region
-from autoseg.types.record import Spec
 from autoseg.types.report import CaseMetrics, Report
 
 SHAPE = (6, 7, 8)
@@ -210,16 +209,6 @@ def test_a_folder_that_holds_a_case_twice_or_nothing_is_refused(folders, tmp_pat
     (tmp_path / "empty").mkdir()
     with pytest.raises(DatasetError, match="holds no reference masks"):
         evaluate(truth, tmp_path / "empty")
-
-
-def test_postprocessing_is_applied_before_measuring(folders, tmp_path):
-    _, truth = folders
-    array = scene((3, (1, 5), (1, 5), (1, 5)), (3, (0, 1), (6, 7), (7, 8)))
-    write(tmp_path / "noisy", "c", array)
-    references = {"c": truth / "c.nii.gz"}
-    step = Spec(kind="largest_component", options={"labels": [1]})
-    assert evaluate(tmp_path / "noisy", references, LABELS).mean["liver"]["dice"] < 1
-    assert evaluate(tmp_path / "noisy", references, LABELS, postprocessing=[step]).mean["liver"]["dice"] == 1
 
 
 def test_2d_masks_are_measured_in_pixels(tmp_path):

@@ -96,7 +96,8 @@ class FakeModel:
         self.calls.append((case, self.mirror))
         label = self.labels.decode(outoffold.Targets.of(self.labels).decide(p))
         seconds = {"preprocess": 0.5, "network": 8.0 if self.mirror else 1.0, "restore": 0.5}
-        return SimpleNamespace(label_zyx=label, probabilities_czyx=p.astype(np.float32) if probabilities else None, seconds=seconds)
+        dense = p.astype(np.float32) if probabilities else None
+        return SimpleNamespace(label_zyx=label, probabilities_czyx=dense, seconds=seconds)
 
 
 @pytest.fixture
@@ -230,6 +231,15 @@ def test_an_ensemble_that_is_better_is_built_with_weights_and_measured(tmp_path,
     assert selection.candidates[0].networks == 6 and selection.candidates[0].seconds == pytest.approx(2 * (3 * 8 + 1), abs=0.5)
 
 
+def test_two_cases_are_compared_although_nothing_can_be_proved(tmp_path, networks):
+    folds = tuple(Split(train=(), val=(case,)) for case in CASES[:2])
+    networks.drawn = {run: half_wrong(run) for run in ("2d", "3d_fullres")}
+    runs = {run: masks_of(draw) for run, draw in networks.drawn.items()}
+    selection = select(make_workspace(tmp_path, runs, cases=CASES[:2], folds=folds))
+    assert selection.runs == ("3d_fullres",) and not selection.postprocessing
+    assert ("2d", "3d_fullres") in {c.runs for c in selection.candidates}
+
+
 def test_a_surer_run_gets_more_weight(tmp_path, networks):
     rows = np.arange(SHAPE[1])[:, None]
 
@@ -339,7 +349,8 @@ def test_a_step_that_helps_one_label_only_is_kept_for_that_label(tmp_path):
 
 
 def test_a_step_that_helps_in_a_few_cases_is_dropped_with_its_gain(tmp_path):
-    selection = select(make_workspace(tmp_path, {"2d": lambda case: speckled(10) if number(case) < 3 else truth()}), options=MASKS)
+    runs = {"2d": lambda case: speckled(10) if number(case) < 3 else truth()}
+    selection = select(make_workspace(tmp_path, runs), options=MASKS)
     assert not selection.postprocessing
     trial = next(t for t in selection.postprocessing_tried if t.name == "liver: largest component")
     assert not trial.kept and trial.gain.naive > 0 and trial.gain.low <= 0 and trial.after > trial.before
