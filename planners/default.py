@@ -56,24 +56,30 @@ def plan_with(
         notes.append(sides.text)
     moved = spacings[:, transpose]
     measured = tuple(tuple(row.tolist()) for row in (np.percentile(moved, 50, axis=0), moved.min(axis=0), moved.max(axis=0)))
-    sizer = _Sizer(recipe, memory_gb, dataset.labels.declared_count, len(moved), normalization, masks, transpose, sides, measured)
+    cases = case_count(dataset, fingerprint)
+    sizer = _Sizer(recipe, memory_gb, dataset.labels.declared_count, cases, normalization, masks, transpose, sides, measured)
     sizer.size(tuple(spacing_zyx_mm[a] for a in transpose), tuple(median_zyx[a] for a in transpose), configurations)
     as_stored = dataset.source == "fingerprint"
     kept = keep(sizer.made, configurations)
-    odd = [*data_oddities(dataset, fingerprint), *size_oddities(kept, math.prod(median_zyx) * len(moved))]
+    odd = [*data_oddities(dataset, fingerprint), *size_oddities(kept, math.prod(median_zyx) * cases)]
     made = Plan(
         dataset_name=dataset.name, planner=planner, gpu_memory_gb=memory_gb, orientation="as_stored" if as_stored else "LPS",
         transpose_forward=transpose, channels=dataset.channels, labels=dataset.labels, intensities=fingerprint.intensities,
         configurations=kept, notes=(*notes, *sizer.notes, *odd),
     )
     shared = reasons.normalization_whys(words, relative_size, normalization)
-    whys = reasons.general_whys(planner, recipe, gpu_memory_gb, as_stored, dataset.channels_named, spacing_zyx_mm, len(moved))
+    whys = reasons.general_whys(planner, recipe, gpu_memory_gb, as_stored, dataset.channels_named, spacing_zyx_mm, cases)
     for name, presence in sizer.presence.items():
         whys[f"configurations.{name}"] = presence
         if name in made.configurations:
             own = {**sizer.whys[name], **shared, **reasons.link_whys(made.configurations[name])}
             whys |= {f"configurations.{name}.{field}": own[field] for field in Configuration.model_fields}
     return reasons.attach(made, whys)
+
+
+def case_count(dataset: Dataset, fingerprint: Fingerprint) -> int:
+    """Training cases: those that were measured; for nnU-Net's own files the number that they declare."""
+    return len(dataset.cases) if dataset.source == "fingerprint" and dataset.cases else len(fingerprint.cases)
 
 
 def check_inputs(dataset: Dataset, fingerprint: Fingerprint, memory_gb: float, configurations: Sequence[str]) -> None:

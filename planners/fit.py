@@ -55,7 +55,7 @@ def plan(
     labels = dataset.labels
     card = Card(memory_gb, precision, network, len(dataset.channels), labels.output_count, bool(labels.regions),
                 labels.ignore is not None)
-    sizer = _Sizer(base, card, len(fingerprint.cases))
+    sizer = _Sizer(base, card, default.case_count(dataset, fingerprint))
     sizer.size(configurations)
     notes = [note for note in base.notes if not note.startswith(SIZING_NOTES)]
     if gpu_memory_gb is None:

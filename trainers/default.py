@@ -371,6 +371,13 @@ def measure_step(job: Job, seconds: float = 0.0, steps: int = 3) -> Measured:
             begin = now
             if len(times) > steps and now - start >= seconds:
                 break
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RunError(
+            f"out of memory on {job.device} even with one patch at a time; plan smaller patches: autoseg plan DATASET --out WORK "
+            "--replan --planner fit --gpu-memory GB"
+        ) from None
     finally:
         batches.close()  # type: ignore[attr-defined]
         loader.close()

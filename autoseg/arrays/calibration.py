@@ -160,21 +160,23 @@ def _reliability(confidence: Floats, right: NDArray[np.bool_], weights: Floats) 
 def calibrate_sample(
     samples: Sequence[VoxelSample], parts: Sequence[int], kind: Literal["folds", "patients", "none"],
 ) -> Calibration:
-    """The temperature of all cases' voxels, and scores of each part with the temperature that was fitted without it.
+    """The temperature of all cases' near voxels, and scores of each part with the temperature that was fitted without it.
 
-    samples, parts: one entry per case. With a single part there are no scores.
+    samples, parts: one entry per case. With a single part there are no scores. It is fitted where probabilities decide something:
+    certain background is most of an image, and would outvote boundaries. Where nothing is near, all voxels count.
     """
     sizes = [len(s.weights) for s in samples]
     whole = VoxelSample.joined(samples)
-    temperature = fit_temperature(whole)
+    near, some = whole.near, bool(whole.near.any())
+    fitted = near if some else np.ones(len(near), bool)
+    temperature = fit_temperature(whole.only(fitted))
     numbers = sorted(set(parts))
     plain = Calibration(temperature=temperature, voxels=sum(sizes), cases=len(samples))
     if len(numbers) < 2:
         return plain
     of_voxel = np.repeat(np.asarray(parts), sizes)
-    held = {part: fit_temperature(whole.only(of_voxel != part)) for part in numbers}
+    held = {part: fit_temperature(whole.only(fitted & (of_voxel != part))) for part in numbers}
     each = np.repeat([held[part] for part in parts], sizes)
-    near, some = whole.near, bool(whole.near.any())
     return plain.model_copy(update={
         "parts": kind, "part_temperatures": held,
         "near_before": score(whole.only(near), 1.0) if some else None,

@@ -11,14 +11,13 @@ from autoseg.arrays.crop import bounding_box, box_slices, mark_outside, nonzero_
 from autoseg.arrays.normalize import normalize
 from autoseg.arrays.resample import resample_image, resample_label, resampled_shape
 from autoseg.types.case import Image, Placement, Preprocessed
-from autoseg.types.geometry import AxisMap, Vector
+from autoseg.types.geometry import Vector
 from autoseg.types.plan import Configuration, Plan
 
-AS_STORED = AxisMap((0, 1, 2), (False, False, False))
-
-
-def target_spacing(spacing_zyx_mm: Vector, configuration: Configuration) -> Vector:
-    """Return the spacing to resample to; a 2D configuration keeps the spacing between slices."""
+def target_spacing(spacing_zyx_mm: Vector, configuration: Configuration, resampling: str = "cubic") -> Vector:
+    """Return the spacing to resample to; a 2D configuration keeps the spacing between slices, without resampling all stays."""
+    if resampling == "none":
+        return spacing_zyx_mm
     if configuration.dims == 2:
         return spacing_zyx_mm[0], configuration.spacing[0], configuration.spacing[1]
     return configuration.spacing[0], configuration.spacing[1], configuration.spacing[2]
@@ -34,7 +33,7 @@ def preprocess(image: Image, label_zyx: NDArray[np.integer] | None, plan: Plan, 
         raise ValueError(f"the image array has shape {image.array_czyx.shape[1:]}, its grid {image.grid.shape}")
     if label_zyx is not None and label_zyx.shape != image.grid.shape:
         raise ValueError(f"the label has shape {label_zyx.shape}, its image {image.grid.shape}")
-    axis_map = image.grid.to_lps() if plan.orientation == "LPS" else AS_STORED
+    axis_map = image.grid.turned(plan.orientation)
     order = plan.transpose_forward
 
     def bring(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -48,7 +47,7 @@ def preprocess(image: Image, label_zyx: NDArray[np.integer] | None, plan: Plan, 
     mask = np.ascontiguousarray(mask[box])
     spacing = image.grid.mapped(axis_map).spacing
     spacing = (spacing[order[0]], spacing[order[1]], spacing[order[2]])
-    target = target_spacing(spacing, configuration)
+    target = target_spacing(spacing, configuration, plan.resampling)
     cropped = np.array(oriented[(slice(None), *box)], dtype=np.float32, order="C")
     shape = resampled_shape((cropped.shape[1], cropped.shape[2], cropped.shape[3]), spacing, target)
     normalize(cropped, mask, configuration.normalization, configuration.use_mask_for_norm, plan.intensities)
@@ -59,4 +58,4 @@ def preprocess(image: Image, label_zyx: NDArray[np.integer] | None, plan: Plan, 
         stored=image.grid, axis_map=axis_map, transpose=order, crop_zyx=bounds, cropped_spacing_zyx_mm=spacing, shape=shape,
         spacing_zyx_mm=target,
     )
-    return Preprocessed(resample_image(cropped, shape, spacing, target), label, placement)
+    return Preprocessed(resample_image(cropped, shape, spacing, target, plan.resampling == "linear"), label, placement)

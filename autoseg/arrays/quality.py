@@ -28,7 +28,7 @@ FEATURES = (
 DEVIATION = "volume_deviation"  # how far the log volume is from the training cases' median
 MIN_CASES = 20  # fewer give no estimate
 LEVEL = 0.9  # of the interval
-PENALTIES = (0.1, 1.0, 10.0, 100.0)
+PENALTIES = (1.0, 10.0, 100.0, 300.0)
 DICE_RANGE = (0.01, 0.999)  # beyond it a logit says nothing
 _FLOORS = {"entropy": 1e-3, "disagreement": 1e-4}  # bits below which logarithms are not told apart
 

@@ -136,10 +136,22 @@ def _cubic_slices(volume: NDArray[np.float32], shape: Shape, axis: int, out: NDA
         out[nearest == source] = np.clip(result, slab.min(), slab.max())
 
 
+def _linear(volume: NDArray[np.float32], shape: Shape, coarse: int | None) -> NDArray[np.float32]:
+    """Resample a volume linearly, the axis that shrinks most first; of a coarse axis the nearest slice is taken."""
+    for axis in sorted(range(3), key=lambda a: shape[a] / volume.shape[a]):
+        taps = linear_taps(volume.shape[axis], shape[axis], axis == coarse)
+        low = np.take(volume, taps.low, axis)
+        if taps.weight.any():
+            weight = taps.weight.astype(np.float32).reshape(*(-1 if a == axis else 1 for a in range(3)))
+            low += (np.take(volume, taps.high, axis) - low) * weight
+        volume = low
+    return volume
+
+
 def resample_image(
-    image_czyx: NDArray[np.float32], shape: Shape, old_spacing: Vector, new_spacing: Vector,
+    image_czyx: NDArray[np.float32], shape: Shape, old_spacing: Vector, new_spacing: Vector, linear: bool = False,
 ) -> NDArray[np.float32]:
-    """Resample each channel to `shape` by cubic spline, clipped to the range of its input; float32.
+    """Resample each channel to `shape` by cubic spline, clipped to the range of its input, or linearly; float32.
 
     The spacings (mm, z y x) decide only whether one axis is too coarse (`separate_axis`): then slices are resampled in two
     dimensions and the nearest slice is taken along that axis. An image that has the shape already is returned as it is.
@@ -150,7 +162,9 @@ def resample_image(
     out = np.empty((len(image_czyx), *shape), np.float32)
     for channel, result in zip(image_czyx, out, strict=True):
         volume = np.ascontiguousarray(channel, dtype=np.float32)
-        if axis is None:
+        if linear:
+            result[...] = _linear(volume, shape, axis)
+        elif axis is None:
             _cubic(volume, shape, result)
             np.clip(result, volume.min(), volume.max(), out=result)
         else:

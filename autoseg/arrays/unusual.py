@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 from autoseg.types.case import Image
 from autoseg.types.geometry import NO_DEPTH_MM, Grid
@@ -120,6 +119,8 @@ def is_outside(value: float, spread: Spread) -> bool:
 
     The limit of rarity is that of a prediction interval (Student's t), so that few training cases flag little.
     """
+    from scipy import stats
+
     slack = max(spread.slack, TOLERANCE * max(abs(spread.low), abs(spread.high)))
     if spread.low - slack <= value <= spread.high + slack or spread.cases < 2:
         return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -28,6 +29,7 @@ app = typer.Typer(
 out = Console(soft_wrap=True, highlight=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 interrupts = Interrupts()
+STARTED = time.monotonic()  # before the heavy imports, which count in a time budget
 
 WorkArgument = Annotated[Path, typer.Argument(help="The work folder.")]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=0, help="Reading threads; default from cores and memory.")]

@@ -60,7 +60,7 @@ def select(
     precision: PrecisionOption = "auto",
     threads: ThreadsOption = None,
 ) -> None:
-    """Choose run or ensemble and post-processing on the cross-validation; kept is only what gains on folds it was not chosen on."""
+    """Choose run or ensemble and post-processing on the cross-validation; kept is what gains on folds it was not chosen on."""
     from autoseg.files.workspace import Workspace
     from autoseg.stages.select import Options
     from autoseg.stages.select import select as run_select
@@ -77,7 +77,7 @@ def select(
 @app.command()
 def diagnose(
     work: Annotated[Path, typer.Argument(help="The work folder, or a folder of masks with --reference.")],
-    reference: Annotated[Path | None, typer.Option("--reference", help="Reference masks, when WORK is a folder of masks.")] = None,
+    reference: Annotated[Path | None, typer.Option("--reference", help="Reference masks of a folder of masks.")] = None,
     run: Annotated[str | None, typer.Option("--name", help="A run; default: the selected one.")] = None,
     threads: ThreadsOption = None,
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from autoseg.cli.app import (
+    STARTED,
     ConfigOption,
     DeviceOption,
     PrecisionOption,
@@ -59,7 +60,7 @@ def train(
     workspace = Workspace(work).require()
     planned = None if sized else workspace.plan().time_budget_s
     options = Options(device, threads, restart, sized, planned if time_budget is None else parse_duration(time_budget))
-    run_train(workspace, config, fold_numbers(folds), name, spec, options, reporter, interrupts)
+    run_train(workspace, config, fold_numbers(folds), name, spec, options, reporter, interrupts, STARTED)
 
 
 @app.command()

@@ -90,7 +90,7 @@ def plan(
     planner: Annotated[str | None, typer.Option(help="default, residual-m, residual-l, residual-xl or fit.")] = None,
     gpu_memory: Annotated[float | None, typer.Option("--gpu-memory", min=0.01, help="GPU memory to plan for, in GB.")] = None,
     time_budget: Annotated[
-        str | None, typer.Option("--time-budget", help="Time for training everything, like 90m or 6h; kept in the plan.")
+        str | None, typer.Option("--time-budget", help="Time that a train command may take, like 90m or 6h.")
     ] = None,
     groups: Annotated[Literal["auto", "none"], typer.Option(help="Keep cases of one patient in one fold.")] = "auto",
     replan: Annotated[bool, typer.Option("--replan", help="Make a new plan and new folds, and print what changes.")] = False,
@@ -131,7 +131,7 @@ def plan(
 def explain(
     work: WorkArgument,
     what_if: Annotated[
-        str | None, typer.Option("--what-if", help="GPU memory budgets in GB, like 4,8,24: the plan with each.")
+        str | None, typer.Option("--what-if", help="Memory budgets in GB, like 4,8,24: the plan with each.")
     ] = None,
     measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Measure steps here for the times of --what-if.")] = True,
     device: DeviceOption = "auto",

@@ -9,23 +9,27 @@ from __future__ import annotations
 
 import math
 import pickletools
+import re
 import struct
-import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autoseg.errors import RecordError
+from autoseg.files.archive import Archive, open_archive
 
 MAX_PICKLE_BYTES = 64 << 20  # the logs of a thousand epochs with a hundred classes take a tenth of it
 MAX_OPCODES = 5_000_000
-MAX_RECORDS = 100_000
 MAX_AXES = 8
-_LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of the name and of the extra field (APPNOTE 4.3.7)
+_PICKLE = "data.pkl"
+_RECORD = re.compile(  # in the one folder that torch.save makes, called after the file it wrote
+    r"(?!\.\.?/)[^/\\\x00-\x1f]+/(data\.pkl|data/[0-9]+|version|byteorder|\.format_version|\.storage_alignment|\.data/serialization_id)"
+)
 
 _REBUILD_TENSOR = "torch._utils _rebuild_tensor_v2"
 _REBUILD_PARAMETER = "torch._utils _rebuild_parameter"
@@ -82,9 +86,8 @@ class Checkpoint:
             RecordError: a record is missing, has another size than the pickle says, or is damaged.
         """
         loaded: dict[str, NDArray[Any]] = {}
-        with self.path.open("rb") as file:
-            archive = _Archive(self.path, file)
-            return {name: _view(archive, entry, loaded, name) for name, entry in entries.items()}
+        with _opened(self.path) as records:
+            return {name: _view(records, entry, loaded, name) for name, entry in entries.items()}
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -93,12 +96,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises:
         RecordError: missing, damaged, of the old format, or it refers to anything that a trained network does not need.
     """
-    try:
-        with path.open("rb") as file:
-            archive = _Archive(path, file)
-            values = _Machine(archive).run(archive.read("data.pkl", MAX_PICKLE_BYTES))
-    except OSError as error:
-        raise RecordError(f"{path} cannot be read: {error.strerror or error}") from None
+    with _opened(path) as records:
+        values = _Machine(records).run(records.read(_PICKLE, MAX_PICKLE_BYTES))
     if not isinstance(values, dict):
         raise RecordError(f"{path} is not a training checkpoint: expected a dictionary in it, found {type(values).__name__}")
     return Checkpoint(path, values)
@@ -108,90 +107,58 @@ def _refuse(path: Path, why: str) -> NoReturn:
     raise RecordError(f"{path} is refused, and nothing in it was run: {why}")
 
 
-class _Archive:
-    """The records of a checkpoint's zip, after everything about their names, sizes and places has been checked."""
+class _Records:
+    """The records of a checkpoint's zip."""
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
+    def __init__(self, path: Path, archive: Archive) -> None:
         self.path = path
-        if file.read(4) != b"PK\x03\x04":
-            _refuse(path, "it is not a zip archive. Checkpoints of torch before 1.6 and other pickles cannot be read safely; where "
-                          "you trust the file, load it with torch and save it again with torch.save")
-        try:
-            self._zip = zipfile.ZipFile(file)
-        except (zipfile.BadZipFile, ValueError, NotImplementedError, OverflowError, EOFError, struct.error) as error:
-            raise RecordError(f"{path} is damaged or cut short: {error}; copy or download it again") from None
-        records = self._zip.infolist()
-        if len(records) > MAX_RECORDS:
-            _refuse(path, f"it declares {len(records)} records; at most {MAX_RECORDS} are read")
-        roots = [name.removesuffix("data.pkl") for name in self._zip.namelist() if PurePosixPath(name).name == "data.pkl"]
-        if len(roots) != 1 or roots[0].count("/") != 1:
-            _refuse(path, f"expected one record data.pkl in one folder, found {len(roots)}; it was not written by torch.save")
-        self._records = {record.filename.removeprefix(roots[0]): record for record in records}
-        self._check(records, file)
-        if "byteorder" in self._records and self.read("byteorder", 16).strip() != b"little":
+        self._archive = archive
+        pickles = [name for name in archive.sizes if name.endswith(f"/{_PICKLE}")]
+        if len(pickles) != 1:
+            _refuse(path, f"it holds {len(pickles)} pickles, expected one: it was not written by torch.save")
+        self._root = pickles[0].removesuffix(_PICKLE)
+        if f"{self._root}byteorder" in archive.sizes and self.read("byteorder", 16).strip() != b"little":
             _refuse(path, "its numbers are not little-endian")
-
-    def _check(self, records: list[zipfile.ZipInfo], file: BinaryIO) -> None:
-        """Safe and unique names, stored as they are (so that nothing grows when read), inside the file, none over another."""
-        names = [record.filename for record in records]
-        if len(set(names)) != len(names):
-            _refuse(self.path, "it holds two records of one name")
-        spans = []
-        size = file.seek(0, 2)
-        for record in records:
-            parts = PurePosixPath(record.filename).parts
-            if record.filename.startswith("/") or ".." in parts or "\\" in record.filename or "\0" in record.filename:
-                _refuse(self.path, f"the record name {record.filename!r} leads out of the archive")
-            if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size or record.flag_bits & 0x1:
-                _refuse(self.path, f"the record {record.filename} is compressed or encrypted, which torch.save never does")
-            spans.append((record.header_offset, self._end(record, file, size), record.filename))
-        spans.sort()
-        for (_, end, name), (start, _, after) in zip(spans, spans[1:], strict=False):
-            if start < end:
-                _refuse(self.path, f"the records {name} and {after} overlap")
-
-    def _end(self, record: zipfile.ZipInfo, file: BinaryIO, size: int) -> int:
-        """Where a record's bytes end in the file."""
-        file.seek(record.header_offset)
-        header = file.read(_LOCAL_HEADER.size)
-        if len(header) < _LOCAL_HEADER.size or not header.startswith(b"PK\x03\x04"):
-            raise RecordError(f"{self.path} is damaged: the record {record.filename} does not begin where the archive says")
-        _, name, extra = _LOCAL_HEADER.unpack(header)
-        end: int = record.header_offset + _LOCAL_HEADER.size + name + extra + record.file_size
-        if end > size:
-            _refuse(self.path, f"the record {record.filename} declares {record.file_size} bytes, more than the file holds")
-        return end
 
     def size(self, name: str) -> int:
         """Bytes of a record."""
-        return self._record(name).file_size
+        if self._root + name not in self._archive.sizes:
+            raise RecordError(f"{self.path} is damaged: it has no record {name[:40]}")
+        return self._archive.sizes[self._root + name]
 
-    def _record(self, name: str) -> zipfile.ZipInfo:
-        if name not in self._records:
-            raise RecordError(f"{self.path} is damaged: it has no record {name}")
-        return self._records[name]
-
-    def read(self, name: str, limit: int) -> bytes:
+    def read(self, name: str, limit: int) -> bytearray:
         """The bytes of a record, its checksum compared."""
-        record = self._record(name)
-        if record.file_size > limit:
-            _refuse(self.path, f"the record {name} declares {record.file_size} bytes; at most {limit} are read")
-        try:
-            return self._zip.read(record)
-        except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, NotImplementedError) as error:
-            raise RecordError(f"{self.path} is damaged: record {name}: {error}; copy or download it again") from None
+        if self.size(name) > limit:
+            _refuse(self.path, f"the record {name} has {self.size(name)} bytes; at most {limit} are read")
+        return self._archive.read(self._root + name)
 
 
-def _view(archive: _Archive, entry: TensorEntry, loaded: dict[str, NDArray[Any]], name: str) -> NDArray[Any]:
+@contextmanager
+def _opened(path: Path) -> Iterator[_Records]:
+    """The records of a checkpoint; whatever is wrong with the file becomes RecordError."""
+    try:
+        with path.open("rb") as file:
+            if file.read(4) != b"PK\x03\x04":
+                _refuse(path, "it is not a zip archive. Checkpoints of torch before 1.6 and other pickles cannot be read safely; "
+                              "where you trust the file, load it with torch and save it again with torch.save")
+        with open_archive(path, lambda name: _RECORD.fullmatch(name) is not None) as archive:
+            yield _Records(path, archive)
+    except OSError as error:
+        raise RecordError(f"{path} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        _refuse(path, f"{error}; copy or download it again")
+
+
+def _view(records: _Records, entry: TensorEntry, loaded: dict[str, NDArray[Any]], name: str) -> NDArray[Any]:
     """A tensor's array; storages are read once and kept in `loaded`."""
     item = 2 if entry.kind == _BFLOAT16 else np.dtype(entry.kind).itemsize
-    found = archive.size(entry.record)
+    found = records.size(entry.record)
     if found != entry.count * item:
-        raise RecordError(f"{archive.path} is damaged: {name} needs {entry.count * item} bytes in record {entry.record}, "
+        raise RecordError(f"{records.path} is damaged: {name} needs {entry.count * item} bytes in record {entry.record}, "
                           f"which holds {found}")
     key = f"{entry.record} {entry.kind}"
     if key not in loaded:
-        data = archive.read(entry.record, found)
+        data = records.read(entry.record, found)
         if entry.kind == _BFLOAT16:
             loaded[key] = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
         else:
@@ -222,21 +189,21 @@ _SKIPPED = frozenset({"PROTO", "FRAME"})
 class _Machine:
     """A stack machine for the opcodes that plain values, tensors and inert objects need."""
 
-    archive: _Archive
+    records: _Records
     stack: list[Any] = field(default_factory=list)
     memo: dict[int, Any] = field(default_factory=dict)
 
-    def run(self, pickled: bytes) -> Any:
+    def run(self, pickled: bytes | bytearray) -> Any:
         """The value that the pickle describes."""
         try:
-            for count, (opcode, argument, _) in enumerate(pickletools.genops(pickled)):
+            for count, (opcode, argument, _) in enumerate(pickletools.genops(bytes(pickled))):
                 if count >= MAX_OPCODES:
-                    _refuse(self.archive.path, f"its pickle has more than {MAX_OPCODES} steps")
+                    _refuse(self.records.path, f"its pickle has more than {MAX_OPCODES} steps")
                 self._step(opcode.name, argument)
         except (ValueError, IndexError, KeyError, TypeError, OverflowError, UnicodeError, struct.error) as error:
-            raise RecordError(f"{self.archive.path} is damaged: its pickle cannot be followed ({error})") from None
+            raise RecordError(f"{self.records.path} is damaged: its pickle cannot be followed ({error})") from None
         if len(self.stack) != 1:
-            raise RecordError(f"{self.archive.path} is damaged: its pickle leaves {len(self.stack)} values instead of one")
+            raise RecordError(f"{self.records.path} is damaged: its pickle leaves {len(self.stack)} values instead of one")
         return self.stack[0]
 
     def _step(self, name: str, argument: Any) -> None:
@@ -285,11 +252,11 @@ class _Machine:
         elif name == "BUILD":  # the state of an OrderedDict is metadata of its tensors; that of inert objects stays unread
             self._pop()
             if not isinstance(self.stack[-1], dict | Opaque):
-                _refuse(self.archive.path, f"it sets the state of a {type(self.stack[-1]).__name__}")
+                _refuse(self.records.path, f"it sets the state of a {type(self.stack[-1]).__name__}")
         elif name == "BINPERSID":
             self.stack.append(self._storage(self._pop()))
         else:
-            _refuse(self.archive.path, f"its pickle uses the step {name}, which the checkpoint of a network never needs")
+            _refuse(self.records.path, f"its pickle uses the step {name}, which the checkpoint of a network never needs")
 
     def _pop(self) -> Any:
         value = self.stack.pop()
@@ -318,7 +285,7 @@ class _Machine:
         if isinstance(value, tuple) and all(isinstance(part, str | bytes | int | float | None) for part in value):
             return value
         if not isinstance(value, str | bytes | int | float | None):
-            _refuse(self.archive.path, f"it uses a {type(value).__name__} as a key")
+            _refuse(self.records.path, f"it uses a {type(value).__name__} as a key")
         return value
 
     def _set(self, target: Any, values: list[Any]) -> None:
@@ -331,14 +298,14 @@ class _Machine:
     def _named(self, name: str) -> Opaque:
         if name not in _INERT and name not in _STORAGES and name not in (_REBUILD_TENSOR, _REBUILD_PARAMETER, _ORDERED_DICT):
             shown = name.replace(" ", ".")[:80]
-            _refuse(self.archive.path, f"it refers to {shown}, which the checkpoint of a network does not need; loaded the usual "
+            _refuse(self.records.path, f"it refers to {shown}, which the checkpoint of a network does not need; loaded the usual "
                                        "way it could run code")
         return Opaque(name)
 
     def _made(self, function: Any, arguments: Any) -> Any:
         """What calling a known name would give, worked out here; of inert names an inert object."""
         if not isinstance(function, Opaque) or not isinstance(arguments, tuple):
-            _refuse(self.archive.path, f"it calls a {type(function).__name__}")
+            _refuse(self.records.path, f"it calls a {type(function).__name__}")
         if function.name == _ORDERED_DICT:
             made: dict[Any, Any] = {}
             for pairs in arguments:
@@ -353,10 +320,10 @@ class _Machine:
     def _storage(self, identity: Any) -> TensorEntry:
         """The whole of a storage, as one row."""
         if not isinstance(identity, tuple) or len(identity) != _STORAGE_ID or identity[0] != "storage":
-            _refuse(self.archive.path, "it refers to something outside of it that is not a tensor's storage")
+            _refuse(self.records.path, "it refers to something outside of it that is not a tensor's storage")
         _, kind, key, _, count = identity
         if not isinstance(kind, Opaque) or kind.name not in _STORAGES or not isinstance(key, str) or not _is_count(count):
-            _refuse(self.archive.path, "it declares a storage of an unknown kind")
+            _refuse(self.records.path, "it declares a storage of an unknown kind")
         return TensorEntry(f"data/{key}", _STORAGES[kind.name], count, 0, (count,), (1,))
 
     def _tensor(self, storage: Any, offset: Any, shape: Any, strides: Any) -> TensorEntry:
@@ -365,17 +332,17 @@ class _Machine:
             raise TypeError("a tensor without storage, shape or strides")
         numbers = (offset, *shape, *strides)
         if len(shape) != len(strides) or len(shape) > MAX_AXES or not all(_is_count(n) for n in numbers):
-            _refuse(self.archive.path, "it declares a tensor of an impossible shape")
+            _refuse(self.records.path, "it declares a tensor of an impossible shape")
         last = offset
         if math.prod(shape):
             reach = 1
             for step, size in sorted((step, size) for step, size in zip(strides, shape, strict=True) if size > 1):
                 if step < reach:
-                    _refuse(self.archive.path, f"it declares a tensor of shape {shape} whose elements overlap")
+                    _refuse(self.records.path, f"it declares a tensor of shape {shape} whose elements overlap")
                 reach = step * (size - 1) + reach
             last = offset + reach
         if last > storage.count:
-            _refuse(self.archive.path, f"it declares a tensor of shape {shape}, larger than its storage of {storage.count} elements")
+            _refuse(self.records.path, f"it declares a tensor of shape {shape} in a storage of {storage.count} numbers")
         return TensorEntry(storage.record, storage.kind, storage.count, offset, shape, strides)
 
 

@@ -91,6 +91,8 @@ def describe(configuration: Configuration, input_channels: int, output_channels:
     kind = configuration.network.kind
     if kind not in kinds:
         raise PlanError(f"unknown network {kind!r}; choose from {', '.join(kinds)}")
+    if configuration.network.options:
+        raise PlanError(f"network {kind!r} takes no options, found {', '.join(configuration.network.options)}")
     sketch = _Sketch()
     ones = (1,) * configuration.dims
     start = sketch.add(Node("input", "input", (), input_channels, ones))

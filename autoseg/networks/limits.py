@@ -79,7 +79,7 @@ def tensor_shapes(description: Description) -> dict[str, Ints]:
 def _node_shapes(node: Node, inputs: int) -> dict[str, Ints]:
     head = f"units.{node.name}"
     if node.op in ("up", "head"):
-        pair = (inputs, node.channels) if node.op == "up" else (node.channels, inputs)  # torch's transposed convolution: inputs first
+        pair = (inputs, node.channels) if node.op == "up" else (node.channels, inputs)  # torch's own order
         return {f"{head}.weight": (*pair, *node.kernel), f"{head}.bias": (node.channels,)}
     if node.op != "conv":
         return {}

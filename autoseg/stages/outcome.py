@@ -64,7 +64,7 @@ def find_outcome(workspace: Workspace, run: str | None = None) -> Outcome:
                if fold_of.get(case) == fold}
         for name, folds in validated_folds(workspace).items()
     }
-    name = run or (selection.runs[0] if selection is not None else _first(validated))
+    name = run or (next(iter(selection.runs)) if selection is not None else _first(validated))
     if selection is not None:
         validated = {k: {c: p for c, p in v.items() if fold_of[c] in selection.folds} for k, v in validated.items()}
     if name is None or not validated.get(name):

@@ -131,10 +131,9 @@ def _with_handmade(workspace: Workspace, made: Plan, old: Plan | None) -> tuple[
 
     Made by a person is what neither planner made.
     """
-    if old is None:
-        return made, []
     written = workspace.written_configurations()
-    kept = {name: written[name] for name in old.configurations if name not in made.configurations and not _planned(old, name)}
+    mine = [name for name in written if (name not in CONFIGURATIONS if old is None else not _planned(old, name))]
+    kept = {name: written[name] for name in mine if name not in made.configurations}
     if not kept:
         return made, []
     data = made.model_dump()
@@ -146,7 +145,7 @@ def _with_handmade(workspace: Workspace, made: Plan, old: Plan | None) -> tuple[
             f"change or remove them first. {error}"
         ) from None
     told = [f"configurations.{name}: made by hand, kept" for name in kept]
-    if old.transpose_forward != made.transpose_forward:
+    if old is not None and old.transpose_forward != made.transpose_forward:
         told.append(f"transpose_forward: the axes of {', '.join(kept)} (made by hand) now count in another order; look at them")
     return both, told
 

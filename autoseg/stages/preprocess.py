@@ -44,6 +44,7 @@ def preprocessing_values(plan: Plan, configuration: Configuration) -> dict[str, 
         "normalization": configuration.normalization,
         "use_mask_for_norm": configuration.use_mask_for_norm,
         "intensities": [s.model_dump() if used else None for s, used in zip(plan.intensities, ct, strict=False)],
+        **({} if plan.resampling == "cubic" else {"resampling": plan.resampling}),
     }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autoseg.stages.figures import DARK, FILL, PALETTE, colour, window
+from autoseg.stages.figures import FILL, PALETTE, colour, window
 from autoseg.stages.report_page import Drawing
 from autoseg.types.geometry import NO_DEPTH_MM, Vector
 
@@ -21,10 +21,14 @@ Points = NDArray[np.float64]
 
 EDGE_PIXELS = 480  # the longer side of a picture
 JPEG_QUALITY = 86
-SMOOTH = 0.35  # pixels that a simplified outline may be off
+STRAIGHT = 1e-6
+MOST_POINTS = 4000  # of a view's outlines; more are painted, which is smaller and faster
 MARGIN = 0.5  # of what is marked, shown around it on each side
 LEAST_SHARE = 0.45  # of the image that is always shown
+ERROR_WEIGHT = 0.5  # of what is wrong, in choosing a slice, beside a label
 CT_WIDTH = 400.0  # HU, the usual soft-tissue window; never narrower
+PAPER_INCHES, TALLEST_INCHES, TITLE_INCHES, PAPER_DPI = 7.0, 3.2, 0.3, 300
+GAP = 0.02  # between planes, of their height
 PLANES = ("axial", "coronal", "sagittal")
 
 
@@ -50,12 +54,13 @@ class Outline:
 
 @dataclass(frozen=True)
 class View:
-    """One plane of a case: a picture (y, x) or (y, x, 3) uint8, the outlines on it, and where it lies."""
+    """One plane of a case: a picture (y, x) or (y, x, 3) uint8, both masks (0, or 1 + label) of its size, their outlines."""
 
     plane: str
     slice: int
     slices: int
     picture: NDArray[np.uint8]
+    masks: dict[str, NDArray[np.intp]]
     outlines: Sequence[Outline]
 
 
@@ -96,14 +101,15 @@ def _box(scene: Scene) -> tuple[slice, slice, slice]:
 
 
 def _best_slice(scene: Scene, axis: int, box: tuple[slice, slice, slice], values: Sequence[int]) -> int:
-    """The slice that shows most of all labels and of what is wrong, each counted by its share of its fullest slice."""
+    """The slice that shows most of all labels, and then of what is wrong, each counted by its share of its fullest slice."""
     others = tuple(a for a in range(3) if a != axis)
     reference, prediction = scene.reference_zyx[box], scene.prediction_zyx[box]
+    shown = reference if reference.any() else prediction
     score = np.zeros(reference.shape[axis])
-    for mark in [*((reference == v) | (prediction == v) for v in values), reference != prediction]:
+    for mark, weight in [*((shown == v, 1.0) for v in values), (reference != prediction, ERROR_WEIGHT)]:
         area = np.count_nonzero(mark, axis=others)
         if area.max():
-            score += np.sqrt(area / area.max())
+            score += weight * np.sqrt(area / area.max())
     return int(np.argmax(score)) if score.any() else len(score) // 2
 
 
@@ -122,12 +128,31 @@ def _view(
     zoom = EDGE_PIXELS / max(height_mm, width_mm)
     size = max(8, round(height_mm * zoom)), max(8, round(width_mm * zoom))
     picture = _picture(None if scene.image_zyx is None else plane(scene.image_zyx), size, shown)
-    scale = size[0] / reference.shape[0], size[1] / reference.shape[1]
-    outlines = [Outline(position, kind, lines) for position, value in enumerate(values)
-                for kind, mask in (("reference", reference == value), ("prediction", prediction == value))
-                if (lines := outline(mask, scale))]
+    masks = {"reference": _positions(reference, values), "prediction": _positions(prediction, values)}
+    outlines = [Outline(label - 1, kind, lines) for kind, mask in masks.items() for label in np.unique(mask[mask > 0]).tolist()
+                if (lines := outline(_at_most(mask, size) == label, size))]
     name = PLANES[axis] if scene.reference_zyx.shape[0] > 1 else "image"
-    return View(name, index + (box[axis].start or 0), scene.reference_zyx.shape[axis], picture, outlines)
+    large = {kind: _resized(mask, size) for kind, mask in masks.items()}
+    return View(name, index + (box[axis].start or 0), scene.reference_zyx.shape[axis], picture, large, outlines)
+
+
+def _positions(mask_yx: NDArray[Any], values: Sequence[int]) -> NDArray[np.intp]:
+    """1 + the position of each label value, 0 for all others."""
+    found = np.zeros(mask_yx.shape, np.intp)
+    for position, value in enumerate(values):
+        found[mask_yx == value] = position + 1
+    return found
+
+
+def _resized(mask_yx: NDArray[np.intp], size: tuple[int, int]) -> NDArray[np.intp]:
+    """The nearest voxel at each pixel of a picture."""
+    rows, columns = ((np.arange(count) + 0.5) * length / count for count, length in zip(size, mask_yx.shape, strict=True))
+    return mask_yx[np.ix_(rows.astype(np.intp), columns.astype(np.intp))]
+
+
+def _at_most(mask_yx: NDArray[np.intp], size: tuple[int, int]) -> NDArray[np.intp]:
+    """The mask, no finer than the picture."""
+    return _resized(mask_yx, (min(size[0], mask_yx.shape[0]), min(size[1], mask_yx.shape[1])))
 
 
 def _picture(plane: NDArray[Any] | None, size: tuple[int, int], shown: tuple[float, float] | None) -> NDArray[np.uint8]:
@@ -145,16 +170,20 @@ def _picture(plane: NDArray[Any] | None, size: tuple[int, int], shown: tuple[flo
     return np.asarray(image.resize((size[1], size[0]), Image.Resampling.BICUBIC))
 
 
-def outline(mask_yx: NDArray[np.bool_], scale_yx: tuple[float, float]) -> list[Points]:
-    """The borders of a mask as closed lines of (x, y), in pixels of a picture `scale_yx` times as large; [] when it is empty."""
-    from skimage.measure import approximate_polygon, find_contours
+def outline(mask_yx: NDArray[np.bool_], size: tuple[int, int]) -> list[Points]:
+    """The borders of a mask as closed lines of (x, y), in pixels of a picture of `size` (y, x); [] when it is empty."""
+    from skimage import measure
 
     if not mask_yx.any():
         return []
+    library: Any = measure
     lines = []
-    for line in find_contours(np.pad(mask_yx.astype(np.float32), 1), 0.5):
-        pixels = (line - 0.5) * np.asarray(scale_yx)  # the centre of the first voxel lies at half a voxel
-        lines.append(np.asarray(approximate_polygon(pixels, SMOOTH)[:, ::-1], np.float64))
+    for line in library.find_contours(np.pad(mask_yx.astype(np.float32), 1), 0.5):
+        steps = np.diff(line, axis=0)
+        turns = np.any(np.abs(np.roll(steps, 1, 0) - steps) > STRAIGHT, axis=1)  # points inside a straight part say nothing
+        corners = line[:-1][turns] if turns.any() else line[:-1]
+        scale = np.asarray(size) / np.asarray(mask_yx.shape)
+        lines.append(((corners - 0.5) * scale)[:, ::-1])  # the centre of the first voxel lies at half a voxel
     return lines
 
 
@@ -162,12 +191,17 @@ def drawing_of_view(view: View, case: str, names: Sequence[str], has_image: bool
     """A view as inline SVG: the picture, references filled, predictions outlined, each in its label's colour."""
     height, width = view.picture.shape[:2]
     parts = []
+    painted = sum(len(line) for o in view.outlines for line in o.lines) > MOST_POINTS
     for kind in ("reference", "prediction"):
+        if painted:
+            data = base64.b64encode(_painted(view.masks[kind], kind == "reference")).decode("ascii")
+            parts.append(f'<image class="{kind}" width="{width}" height="{height}" href="data:image/png;base64,{data}"/>')
+            continue
         for one in (o for o in view.outlines if o.kind == kind):
             path = "".join("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in line) + "Z" for line in one.lines)
             tint = colour(one.label)
             style = f'fill="{tint}" fill-opacity="{FILL + 0.1:.2f}" fill-rule="evenodd"' if kind == "reference" else (
-                f'fill="none" stroke="{tint}" stroke-width="1.8"')
+                f'fill="none" stroke="{tint}" stroke-width="1.7" vector-effect="non-scaling-stroke"')
             parts.append(f'<path class="{kind}" d="{path}" {style}><title>{escape(names[one.label])}, {kind}</title></path>')
     where = f"{view.plane}, slice {view.slice + 1} of {view.slices}" if view.plane != "image" else "image"
     seen = sorted({names[o.label] for o in view.outlines})
@@ -181,6 +215,23 @@ def drawing_of_view(view: View, case: str, names: Sequence[str], has_image: bool
         named = f'role="img" aria-label="{label}"'
     svg = f'<span class="view">{picture}<svg {named} viewBox="0 0 {width} {height}">{"".join(parts)}</svg></span>'
     return Drawing(svg, where, "", alt, width / height)
+
+
+def _painted(mask_yx: NDArray[np.intp], filled: bool) -> bytes:
+    """A mask as a transparent PNG: its areas, or the pixels along its inner borders, in the labels' colours."""
+    from PIL import Image
+
+    shown = mask_yx
+    if not filled:
+        padded = np.pad(mask_yx, 1)
+        around = (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:])
+        shown = np.where(np.any([side != mask_yx for side in around], axis=0), mask_yx, 0)
+    alpha = round(255 * (FILL + 0.1)) if filled else 255
+    table = [(0, 0, 0, 0), *((*(round(255 * c) for c in _rgb(tint)), alpha) for tint in PALETTE)]
+    colours = np.asarray(table, np.uint8)[np.where(shown > 0, (shown - 1) % len(PALETTE) + 1, 0)]
+    buffer = io.BytesIO()
+    Image.fromarray(colours).quantize(2 * len(PALETTE)).save(buffer, format="png", optimize=True)
+    return buffer.getvalue()
 
 
 def _jpeg(picture: NDArray[np.uint8]) -> str:
@@ -200,26 +251,31 @@ def save_cases(path: Path, rows: Sequence[tuple[str, Sequence[View]]], names: Se
 
     from autoseg.files.workspace import atomic_path
 
-    columns = max(len(views) for _, views in rows)
-    inches = 7.0 / 3
-    heights = [inches * max(v.picture.shape[0] / v.picture.shape[1] for v in views) for _, views in rows]
-    heights = [min(h, 1.6 * inches) + 0.25 for h in heights]
+    heights = [min(PAPER_INCHES / sum(_ratio(view) + GAP for view in views), TALLEST_INCHES) for _, views in rows]
+    used = sorted({o.label for _, views in rows for view in views for o in view.outlines})[: 2 * len(PALETTE)]
+    footer = 0.15 + 0.2 * -(-len(used) // 4)
+    total = sum(heights) + TITLE_INCHES * len(rows) + footer
     with rc_context({"text.parse_math": False}):
-        figure = Figure(figsize=(inches * columns, sum(heights) + 0.4), facecolor="white", layout="constrained")
+        figure = Figure(figsize=(PAPER_INCHES, total), facecolor="white")
         FigureCanvasAgg(figure)
-        grid = figure.add_gridspec(len(rows), columns, height_ratios=heights)
-        for r, (title, views) in enumerate(rows):
-            for c, view in enumerate(views):
-                axes = figure.add_subplot(grid[r, c], facecolor=DARK)
-                _draw_view(axes, view)
-                if not c:
-                    axes.set_title(title, fontsize=7, loc="left")
-        used = sorted({o.label for _, views in rows for view in views for o in view.outlines})[: 2 * len(PALETTE)]
+        top = total
+        for (title, views), height in zip(rows, heights, strict=True):
+            figure.text(0.004, (top - TITLE_INCHES + 0.06) / total, title, fontsize=7.5, va="bottom")
+            top -= TITLE_INCHES + height
+            left = 0.0
+            for view in views:
+                width = height * _ratio(view)
+                _draw_view(figure.add_axes((left / PAPER_INCHES, top / total, width / PAPER_INCHES, height / total)), view)
+                left += width + GAP * height
         handles = [Patch(facecolor=(*_rgb(colour(i)), 0.4), edgecolor=colour(i), label=names[i]) for i in used]
         if handles:
-            figure.legend(handles=handles, loc="outside lower center", ncol=min(4, len(handles)), frameon=False, fontsize=7)
+            figure.legend(handles=handles, loc="lower center", ncol=min(4, len(handles)), frameon=False, fontsize=7.5)
         with atomic_path(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=300)
+            figure.savefig(temporary, format="png", dpi=PAPER_DPI)
+
+
+def _ratio(view: View) -> float:
+    return float(view.picture.shape[1] / view.picture.shape[0])
 
 
 def _rgb(name: str) -> tuple[float, float, float]:
@@ -236,12 +292,12 @@ def _draw_view(axes: Any, view: View) -> None:
     height, width = view.picture.shape[:2]
     axes.imshow(view.picture, cmap="gray", vmin=0, vmax=255, extent=(0, width, height, 0))
     for one in view.outlines:
-        line = Line.make_compound_path(*(Line(points, closed=True) for points in one.lines))
+        line = Line.make_compound_path(*(Line([*points, points[0]], closed=True) for points in one.lines))
         filled = one.kind == "reference"
         tint = _rgb(colour(one.label))
-        axes.add_patch(PathPatch(line, facecolor=(*tint, FILL + 0.1) if filled else "none",
-                                 edgecolor="none" if filled else tint, linewidth=0.9))
+        face, edge = ((*tint, FILL + 0.1), "none") if filled else ("none", tint)
+        patch = PathPatch(line, facecolor=face, edgecolor=edge, linewidth=0.9)
+        axes.add_artist(patch).set_clip_path(axes.patch)
     axes.set_xlim(0, width)
     axes.set_ylim(height, 0)
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.set_axis_off()

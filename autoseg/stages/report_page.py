@@ -85,7 +85,6 @@ class Cases:
     kind: ClassVar[str] = "cases"
     cards: Sequence[CaseCard]
     legend: Sequence[tuple[str, str]]
-    images: bool = True
 
 
 @dataclass(frozen=True)

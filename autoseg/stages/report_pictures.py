@@ -104,11 +104,11 @@ def strip_chart(
             if row.interval is not None:
                 axes.plot(row.interval, [place, place], color=INK, linewidth=2.6, solid_capstyle="butt", zorder=4)
             if row.show_mean and len(values):
-                axes.plot([values.mean()], [place], "D", color=PAPER, markeredgecolor=INK, markersize=4.5, markeredgewidth=1, zorder=5)
+                axes.plot([values.mean()], [place], "D", color=PAPER, markeredgecolor=INK, markersize=4.5, zorder=5)
             if row.named is not None:
                 text, value = row.named
-                right = value > (values.min() + values.max()) / 2
-                axes.annotate(short(text, 20), (value, place + 0.33), fontsize=7, color=MUTED, ha="right" if right else "left", va="top")
+                side = "right" if value > (values.min() + values.max()) / 2 else "left"
+                axes.annotate(short(text, 20), (value, place + 0.33), fontsize=7, color=MUTED, ha=side, va="top")
         if log:
             axes.set_xscale("log")
             plain_log(axes.xaxis)
@@ -122,7 +122,7 @@ def strip_chart(
 
     alt = "; ".join(_strip_in_words(row) for row in kept[:12])
     note = f" {left_out} more rows are left out." if left_out and len(rows) > MOST_ROWS else ""
-    return Chart(name, title, caption + note, f"{title}. {label}: {alt}.", draw, 0.85 + 0.42 * len(kept))
+    return Chart(name, title, caption + note, f"{title}. {label}: {alt}.", draw, 0.9 + 0.42 * len(kept))
 
 
 def _strip_in_words(row: Strip) -> str:
@@ -141,6 +141,8 @@ def line_chart(
         return None
 
     def draw(axes: Axes) -> None:
+        from matplotlib.ticker import MaxNLocator
+
         if diagonal:
             axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
         for curve in kept:
@@ -150,6 +152,8 @@ def line_chart(
                       marker="o" if few or curve.points else None, markersize=3, label=curve.name or None)
         if limits:
             axes.set_ylim(*limits)
+        if x == "epoch":
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         dress(axes, x, y)
         named = [curve for curve in kept if curve.name]
         if len(named) > 1:
@@ -181,7 +185,7 @@ def scatter_chart(
 
     def draw(axes: Axes) -> None:
         for position, label, pairs in kept:
-            axes.scatter(*pairs.T, s=9, color=series(position), alpha=0.6, linewidths=0, label=short(label, 18),
+            axes.scatter(pairs[:, 0], pairs[:, 1], s=9, color=series(position), alpha=0.6, linewidths=0, label=short(label, 18),
                          rasterized=len(every) > MOST_POINTS)
         axes.plot([low, high], [low, high], color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
         if log:
@@ -210,9 +214,9 @@ def plain_log(axis: Any) -> None:
 def dress(axes: Axes, x: str = "", y: str = "") -> None:
     """The look that all charts share."""
     axes.set_facecolor("none")
-    axes.set_xlabel(x, color=INK, fontsize=9)
-    axes.set_ylabel(y, color=INK, fontsize=9)
-    axes.tick_params(which="both", colors=MUTED, labelcolor=INK, labelsize=8.5, length=3, width=0.7)
+    axes.set_xlabel(x, color=INK, fontsize=10)
+    axes.set_ylabel(y, color=INK, fontsize=10)
+    axes.tick_params(which="both", colors=MUTED, labelcolor=INK, labelsize=9.5, length=3, width=0.7)
     axes.tick_params(which="minor", length=0)
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))

@@ -16,8 +16,8 @@ SHOWN_CHARTS = ("dice", "nsd", "hd95", "volume_error")
 TITLES = {
     "dice": "Dice", "iou": "IoU", "sensitivity": "sensitivity", "specificity": "specificity", "precision": "precision",
     "volume_error": "volume error", "volume_error_abs": "volume error, absolute", "volume_error_ml": "volume error, ml",
-    "hd": "HD, mm", "hd95": "HD95, mm", "assd": "ASSD, mm", "nsd": "NSD", "lesion_recall": "lesions found",
-    "lesion_precision": "lesions right", "lesion_f1": "lesion F1", "lesion_false_positives": "false lesions per case",
+    "hd": "HD, mm", "hd95": "HD95, mm", "assd": "ASSD, mm", "nsd": "NSD", "lesion_recall": "lesion recall",
+    "lesion_precision": "lesion precision", "lesion_f1": "lesion F1", "lesion_false_positives": "false lesions per case",
 }
 EXPLAINED = {
     "dice": "Overlap with the reference, from 0 (none) to 1 (identical).",
@@ -25,6 +25,7 @@ EXPLAINED = {
     "hd95": "95 % of the surfaces lie nearer to one another than this.",
     "volume_error": "Too large on the right, too small on the left of zero.",
 }
+READ = "In the charts, points are cases, boxes the middle half of them with the median, diamonds the mean with its 95 % interval."
 MOST_CASES = 400
 SEVERAL = 1.5  # lesions per case and label, on average, from which on lesions are told first
 MILLIMETRES = ("hd", "hd95", "assd")
@@ -62,12 +63,17 @@ def ranked(report: Report) -> list[CaseMetrics]:
     return sorted((c for c in report.cases if math.isfinite(case_score(c))), key=lambda c: (case_score(c), c.case))
 
 
+def counted(count: int, name: str) -> str:
+    """A number of things: `1 case`, `2 cases`."""
+    return f"{count} {name}{'' if count == 1 else 's'}"
+
+
 def headline(report: Report, unseen: bool) -> str:
     """The result in one sentence: what, how good, with its interval, on how many patients."""
     labels, dice = list(report.mean), report.foreground_mean.get("dice")
-    whom = f"{report.patients} {'patients' if report.patients != 1 else 'patient'}"
+    whom = counted(report.patients, "patient")
     if report.patients != len(report.cases):
-        whom = f"{len(report.cases)} cases of {whom}"
+        whom = f"{counted(len(report.cases), 'case')} of {whom}"
     that = " that the networks had not seen" if unseen else ""
     if dice is None:
         return f"On {whom}{that} no Dice is defined: neither masks nor references hold {listed(labels) or 'any label'}."
@@ -89,13 +95,13 @@ def lead(report: Report) -> list[str]:
     spurious = {label: count for label, count in report.empty.items() if count.spurious}
     if missed:
         lines.append("Missed altogether: " + "; ".join(
-            f"{label} in {count.missed} of {count.missed + _present(report, label)} cases that hold it"
+            f"{label} in {count.missed} of the {counted(count.missed + _present(report, label), 'case')} that hold it"
             for label, count in list(missed.items())[:6]) + ".")
     elif report.cases:
         lines.append("No structure was missed altogether in any case.")
     if spurious:
         lines.append("Found where there is none: " + "; ".join(
-            f"{label} in {count.spurious} cases" for label, count in list(spurious.items())[:6]) + ".")
+            f"{label} in {counted(count.spurious, 'case')}" for label, count in list(spurious.items())[:6]) + ".")
     return lines
 
 
@@ -114,7 +120,7 @@ def tiles(report: Report, further: Sequence[tuple[str, str, str]] = ()) -> Facts
             unit = " mm" if name in MILLIMETRES else ""
             interval = between(name, report.foreground_intervals.get(name))
             rows.append((title, number(name, value) + unit, f"95 %: {interval}" if interval else "no interval"))
-    rows.append(("patients", str(report.patients), f"{len(report.cases)} cases"))
+    rows.append(("patients", str(report.patients), counted(len(report.cases), "case")))
     return Facts([*rows, *further], tiles=True)
 
 
@@ -128,14 +134,13 @@ def results(report: Report, source: str) -> tuple[Section, list[Chart]]:
     table = Table(lesions, "Lesions by size over all cases: in the reference, found, in the prediction, false.", 2)
     blocks: list[object] = [
         Table(trim(_per_label(report)), "Means over cases; below each its 95 % interval over patients."),
-        Text(_undefined(report)), Text("In the charts, points are cases, boxes the middle half of them with the median, and diamonds "
-                                       "the mean with its 95 % interval."), Charts([drawing_of(chart) for chart in charts])]
+        Text(_undefined(report)), Text(READ), Charts([drawing_of(chart) for chart in charts])]
     if several:
         blocks.append(table)
     blocks.append(Folded("All metrics", [Table(_all_metrics(report), "Mean of each metric, with its 95 % interval.")]))
     if len(lesions) > 1 and not several:
         blocks.append(Folded("Connected components by size", [table]))
-    blocks.append(Folded(f"All {len(report.cases)} cases, worst first", [_case_table(report)]))
+    blocks.append(Folded(f"All cases ({len(report.cases)}), worst first", [_case_table(report)]))
     return Section("results", "Results", blocks, source), charts
 
 
@@ -262,7 +267,7 @@ def groups(report: Report, source: str) -> tuple[Section, list[Chart]] | None:
         return None
     labels = list(report.mean)
     rows = [["column", "value", "cases", *(f"{label} Dice" for label in labels)]]
-    charts = []
+    charts: list[Chart] = []
     for column, values in report.groups.items():
         for value, means in values.items():
             rows.append([column, value, str(report.group_cases.get(column, {}).get(value, "")),
@@ -282,5 +287,5 @@ def definitions(report: Report) -> Section:
     spread = f"{used[0]:g} mm" if len(used) == 1 else f"{used[0]:g} to {used[-1]:g} mm, by case" if used else "none"
     rows = [(TITLES.get(name, name.replace("_", " ")), text, "") for name, text in report.definitions.items()]
     return Section("definitions", "Definitions", [
-        Text(f"Tolerance of NSD: {spread}. Intervals rest on {report.patients} patients."),
+        Text(f"Tolerance of NSD: {spread}. Intervals rest on {counted(report.patients, 'patient')}."),
         Folded("How each number is computed", [Facts(rows)])])

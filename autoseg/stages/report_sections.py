@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean, median
+from typing import Any
 
-from autoseg.stages.explain import TITLES, edited, overview_rows, shown, stage_rows, why
+from autoseg.stages.explain import NETWORKS, NORMALIZATION_WORDS, TITLES, edited, overview_rows, shown, stage_rows, why
 from autoseg.stages.report_page import Charts, Facts, Finding, Findings, Folded, Reasons, Section, Table, Text, trim
 from autoseg.stages.report_pictures import Chart, Curve, Strip, drawing_of, line_chart, short, strip_chart
+from autoseg.stages.report_results import counted, listed
 from autoseg.stages.reproduce import reproduction_facts, reproduction_table
 from autoseg.types.benchmark import Reproduction
 from autoseg.types.dataset import Dataset
 from autoseg.types.diagnosis import SYMPTOMS, Diagnosis
 from autoseg.types.fingerprint import Fingerprint
 from autoseg.types.geometry import NO_DEPTH_MM
+from autoseg.types.midway import MidwayRecord
 from autoseg.types.plan import Configuration, Plan
-from autoseg.types.report import Report
 from autoseg.types.run import EpochRecord, RunRecord
 from autoseg.types.selection import Gain, Selection
 from autoseg.types.trust import Calibration, QualityModel, Trust
 
 Sketch = tuple[Section, list[Chart]]
 MOST_LISTED = 12
+SECONDS = "seconds per case"
+GAINS = "Each gain is measured on folds that the choice was made without; kept is only what is above zero with certainty."
+CALIBRATED = ("Do probabilities mean what they say? Of all voxels that are given a probability of 0.8, 80 % should be right. "
+              "One number per run, its temperature, brings them closer; what it does is measured on held-back folds.")
 HIDDEN = ("previous_stage", "next_stage", "inherits_from", "checkpointing")  # shown only where there is one
 
 
@@ -33,7 +40,8 @@ def data(dataset: Dataset, fingerprint: Fingerprint, plan: Plan, source: str) ->
     axes = [(axis, name) for axis, name in enumerate(("z (slices)", "y (rows)", "x (columns)")) if not (flat and axis == 0)]
     names = [label.name for label in dataset.labels.foreground]
     scale = 10 if flat else 1  # a single slice counts as 1 mm thick
-    found = {name: [scale * c.labels[name].volume_ml for c in cases if name in c.labels and c.labels[name].voxels] for name in names}
+    held = {name: [c.labels[name] for c in cases if name in c.labels and c.labels[name].voxels] for name in names}
+    found = {name: [scale * label.volume_ml for label in labels] for name, labels in held.items()}
     spacings = {name: [case.spacing[axis] for case in cases] for axis, name in axes}
     every = [v for values in spacings.values() for v in values]
     alike = bool(cases) and all(max(values) - min(values) < 1e-3 * max(values) for values in spacings.values())
@@ -54,14 +62,16 @@ def data(dataset: Dataset, fingerprint: Fingerprint, plan: Plan, source: str) ->
         ("Patients", f"{patients}" + (f" (from {dataset.groups_from})" if dataset.groups_from != "none" else
                                       " (each case counts as a patient of its own)"), ""),
         ("Channels", ", ".join(dataset.channels), ""),
-        *([("Voxel size", " x ".join(f"{values[0]:g}" for values in spacings.values()) + " mm in all cases", "")] if alike else []),
-        ("Labels", ", ".join(names[:MOST_LISTED]) + (f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else ""), ""),
+        ("Labels", listed(names, MOST_LISTED), ""),
     ]
+    if alike:
+        facts.append(("Voxel size", " x ".join(f"{values[0]:g}" for values in spacings.values()) + " mm in all cases", ""))
     if dataset.labels.regions:
         facts.append(("Regions", ", ".join(region.name for region in dataset.labels.regions), ""))
-    rows = [["label", "cases that hold it", f"median size, {'cm2' if flat else 'ml'}", "smallest", "largest", "median number of parts"]]
+    unit = "cm2" if flat else "ml"
+    rows = [["label", "cases that hold it", f"median size, {unit}", "smallest", "largest", "median number of parts"]]
     for name in names:
-        parts = [c.labels[name].components for c in cases if name in c.labels and c.labels[name].voxels]
+        parts = [label.components for label in held[name]]
         values = found[name]
         numbers = [f"{f(values):.3g}" for f in (median, min, max)] if values else ["-"] * 3
         rows.append([name, f"{len(values)} of {len(cases)}", *numbers, f"{median(parts):g}" if parts else "-"])
@@ -103,17 +113,44 @@ def _values(plan: Plan, name: str, own: Configuration) -> list[tuple[str, str, l
             continue
         reason = plan.reasons.get(f"configurations.{name}.{field}")
         told = [] if reason is None else [why(reason), *([f"From: {shown(reason.inputs)}."] if reason.inputs else [])]
-        words = value.kind if field == "network" else "all axes" if value is None else shown(value)
-        rows.append((title, words, told))
+        rows.append((title, _in_words(field, value, plan), told))
     return rows
 
 
-def training(curves: Mapping[str, Mapping[int, Sequence[EpochRecord]]], records: Mapping[str, RunRecord], source: str) -> Sketch:
+def _in_words(field: str, value: Any, plan: Plan) -> str:
+    """A value of a configuration as a person would say it."""
+    if field == "network":
+        return f"{NETWORKS.get(value.kind, value.kind)}"
+    if field == "normalization":
+        pairs = zip(plan.channels, value, strict=True)
+        return "; ".join(f"{channel}: {NORMALIZATION_WORDS.get(name, name)}" for channel, name in pairs)
+    if field == "use_mask_for_norm":
+        return "left out of z-scores" if any(value) else "not treated apart"
+    if field == "batch_dice":
+        return "over the whole batch" if value else "patch by patch"
+    if field == "mirror_axes":
+        return "along all axes" if value is None else f"along axes {', '.join(map(str, value))} of the patch" if value else "none"
+    if field in ("strides", "kernel_sizes"):
+        return ", ".join("x".join(map(str, row)) for row in value)
+    return ", ".join(map(str, value)) if field.endswith("per_stage") else shown(value)
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What is recorded of one run's folds: epochs, and whole cases segmented now and then."""
+
+    epochs: Mapping[int, Sequence[EpochRecord]]
+    midway: Mapping[int, Sequence[MidwayRecord]]
+    record: RunRecord | None = None
+
+
+def training(runs: Mapping[str, Learned], source: str) -> Sketch:
     """Learning curves of all folds of some runs, and what they were trained with."""
-    charts, blocks = [], []
-    for number, (run, folds) in enumerate(curves.items()):
+    charts: list[Chart] = []
+    blocks = []
+    for number, (run, learned) in enumerate(runs.items()):
         loss, dice = [], []
-        for fold, epochs in folds.items():
+        for fold, epochs in learned.epochs.items():
             at = [e.epoch + 1 for e in epochs]
             loss.append(Curve("", at, [e.train_loss for e in epochs], fold, faint=True, dashed=True))
             loss.append(Curve(f"fold {fold}", at, [_float(e.val_loss) for e in epochs], fold))
@@ -123,10 +160,21 @@ def training(curves: Mapping[str, Mapping[int, Sequence[EpochRecord]]], records:
             line_chart(f"loss-{number}", f"{run}: loss", loss, "epoch", "loss",
                        "Lines: on validation patches; dashed: on training patches. A widening gap is overfitting."),
             line_chart(f"pseudo-dice-{number}", f"{run}: pseudo Dice", dice, "epoch", "pseudo Dice",
-                       "Mean over labels, on random validation patches pooled, not on whole cases.", limits=(-0.02, 1.02))]
+                       "Mean over labels, on random validation patches pooled, not on whole cases.", limits=(-0.02, 1.02)),
+            line_chart(f"midway-{number}", f"{run}: Dice of whole cases", _midway(learned), "epoch", "mean Dice",
+                       "A few fixed validation cases of each fold, segmented whole every so often.", limits=(-0.02, 1.02))]
         charts += [chart for chart in pair if chart is not None]
-        blocks.append(_trained(run, folds, records.get(run)))
+        blocks.append(_trained(run, learned.epochs, learned.record))
     return Section("training", "Training", [Charts([drawing_of(c) for c in charts]), *blocks], source), charts
+
+
+def _midway(learned: Learned) -> list[Curve]:
+    """Mean Dice over labels of the whole cases of each fold."""
+    curves = []
+    for fold, looks in learned.midway.items():
+        means = [[float(v) for row in look.mean.values() if (v := row.get("dice")) is not None] for look in looks]
+        curves.append(Curve(f"fold {fold}", [look.epoch + 1 for look in looks], [fmean(m) if m else math.nan for m in means], fold))
+    return curves
 
 
 def _float(value: float | None) -> float:
@@ -135,11 +183,12 @@ def _float(value: float | None) -> float:
 
 def _trained(run: str, folds: Mapping[int, Sequence[EpochRecord]], record: RunRecord | None) -> Facts:
     seconds = [sum(e.seconds for e in epochs) for epochs in folds.values()]
-    told = f"{len(folds)} folds, {duration(fmean(seconds))} each" if seconds else f"{len(folds)} folds"
+    told = counted(len(folds), "fold") + (f", {duration(fmean(seconds))} each" if seconds else "")
     if record is not None:
         spec = record.spec
-        told += (f"; {spec.epochs} epochs of {spec.steps_per_epoch} steps, {spec.optimizer.kind} with learning rate {spec.optimizer.lr:g}, "
-                 f"loss {spec.loss.kind}, {spec.precision} on {record.device}, seed {spec.seed}")
+        told += (f"; {counted(spec.epochs, 'epoch')} of {counted(spec.steps_per_epoch, 'step')}, {spec.optimizer.kind} with "
+                 f"learning rate {spec.optimizer.lr:g}, loss {spec.loss.kind}, {spec.precision} on {record.device}, "
+                 f"seed {spec.seed}")
     return Facts([(run, told, "")])
 
 
@@ -154,10 +203,8 @@ def duration(seconds: float) -> str:
 
 def trust(record: Trust, source: str) -> Sketch:
     """Calibration before and after the temperature, and how well a prediction's quality can be told without a reference."""
-    blocks: list[object] = [Text(
-        "Do probabilities mean what they say? Of all voxels that are given a probability of 0.8, 80 % should be right. One number "
-        "per run, its temperature, brings them closer; what it does is measured on folds that it was fitted without.")]
-    charts = []
+    blocks: list[object] = [Text(CALIBRATED)]
+    charts: list[Chart] = []
     rows = [["run", "voxels", "temperature", "ECE before", "ECE after", "Brier before", "Brier after"]]
     for number, (run, calibration) in enumerate(record.calibration.items()):
         for kind, before, after in (("at structures", calibration.near_before, calibration.near_after),
@@ -171,12 +218,13 @@ def trust(record: Trust, source: str) -> Sketch:
     if len(rows) > 1:
         blocks.append(Table(rows, "Expected calibration error (ECE) and Brier score before and after; lower is better.", 2))
     models = {"mean of the labels": record.quality_mean, **record.quality}
-    quality = [["target", "rank correlation with the true Dice", "mean error", "error of always saying the mean", "coverage", "cases"],
-               *(_quality(name, model) for name, model in models.items() if model is not None)]
+    quality = [
+        ["target", "rank correlation with the true Dice", "mean error", "error of always saying the mean", "coverage", "cases"],
+        *(_quality(name, model) for name, model in models.items() if model is not None)]
     if len(quality) > 1:
         blocks.append(Text("predict estimates the Dice of every new mask. How well it does that was measured on cases that the "
                            "estimate was fitted without:"))
-        blocks.append(Table(quality, f"Coverage: the share of cases whose true Dice lies within the stated interval."))
+        blocks.append(Table(quality, "Coverage: the share of cases whose true Dice lies within the stated interval."))
     if record.quality_note:
         blocks.append(Text(record.quality_note, note=True))
     blocks += [Text(line, note=True) for line in record.missing]
@@ -198,8 +246,8 @@ def _reliability(name: str, run: str, calibration: Calibration) -> Chart | None:
                     [b.accuracy for b in score.reliability if b.share > 0], 1 - i, points=True, dashed=label == "before")
               for i, (label, score) in enumerate(scores)]
     return line_chart(name, f"{run}: reliability", curves, "stated probability", "share that is right",
-                      "Voxels at and in structures, of held-back folds. On the diagonal, probabilities mean what they say; below, "
-                      "the network is too sure.", limits=(0, 1.02), height=3.2, diagonal=True) if curves else None
+                      "Voxels at and in structures, of held-back folds. On the diagonal, probabilities mean what they say; "
+                      "below, the network is too sure.", limits=(0, 1.02), height=3.2, diagonal=True) if curves else None
 
 
 def diagnosis(record: Diagnosis, source: str) -> Section:
@@ -212,8 +260,8 @@ def diagnosis(record: Diagnosis, source: str) -> Section:
             [(remedy.command, remedy.why) for remedy in f.remedies])
         for f in record.findings
     ]
-    counted = f"{len(findings)} finding{'s' if len(findings) != 1 else ''}" if findings else "Nothing stands out"
-    blocks: list[object] = [Text(f"{counted} on {record.cases} out-of-fold cases{f' of {record.run}' if record.run else ''}."),
+    found = counted(len(findings), "finding") if findings else "Nothing stands out"
+    blocks: list[object] = [Text(f"{found} on {record.cases} out-of-fold cases{f' of {record.run}' if record.run else ''}."),
                             Findings(findings)]
     if record.untold:
         blocks.append(Folded("What could not be told", [Text(line) for line in record.untold]))
@@ -234,7 +282,7 @@ def selection(record: Selection, source: str) -> Section:
             + (f"; without the optimism of having chosen on the same cases {record.nested_dice:.4f}"
                if record.nested_dice is not None else ""), "")] if record.foreground_mean_dice is not None else []),
     ])]
-    gains = [["choice", "instead of", "gain in Dice, without optimism", "at least", "naive gain", "p", "seconds per case", "verdict"]]
+    gains = [["choice", "instead of", "gain in Dice, without optimism", "at least", "naive gain", "p", SECONDS, "verdict"]]
     for decision in record.decisions:
         gains.append([f"{decision.question}: {decision.best}", decision.default, *_gain(decision.gain), "-",
                       "kept" if decision.kept else "dropped"])
@@ -245,18 +293,18 @@ def selection(record: Selection, source: str) -> Section:
     if len(gains) > 1:
         few = [row for row in gains[1:] if row[-1] == "kept"]
         few += [row for row in gains[1:] if row[-1] != "kept"][: max(0, MOST_LISTED - len(few))]
-        blocks.append(Table(trim([gains[0], *few]), "Each gain is measured on folds that the choice was made without; kept is only what "
-                                                    "is above zero with certainty.", 2))
+        blocks.append(Table(trim([gains[0], *few]), GAINS, 2))
         if len(few) < len(gains) - 1:
             blocks.append(Folded(f"All {len(gains) - 1} choices", [Table(trim(gains), "", 2)]))
-    rows = [["candidate", "mean Dice", "behind the selected one", "p (Holm)", "leads in", "networks", "seconds per case"]]
+    rows = [["candidate", "mean Dice", "behind the selected one", "p (Holm)", "leads in", "networks", SECONDS]]
     for c in record.candidates:
         behind = "-" if c.behind is None else f"{c.behind.mean:+.4f}" + (
             f"\n{c.behind.low:+.4f} to {c.behind.high:+.4f}" if c.behind.low is not None and c.behind.high is not None else "")
         dice = "-" if c.foreground_mean_dice is None else f"{c.foreground_mean_dice:.4f}" + (
             f"\n{c.low:.4f} to {c.high:.4f}" if c.low is not None and c.high is not None else "")
         rows.append([short(c.title, 60), dice, behind, "-" if c.behind is None else f"{c.behind.p_value:.2g}",
-                     "-" if c.first is None else f"{c.first:.0%}", str(c.networks), "-" if c.seconds is None else f"{c.seconds:.2g}"])
+                     "-" if c.first is None else f"{c.first:.0%}", str(c.networks),
+                     "-" if c.seconds is None else f"{c.seconds:.2g}"])
     if len(rows) > 1:
         blocks.append(Table(trim(rows), "Leads in: the share of bootstrap draws of patients in which a candidate is the best."))
     costs = [(c.title, c.cost, "") for c in record.candidates if c.cost]
@@ -277,10 +325,3 @@ def published(record: Reproduction, source: str) -> Section:
     return Section("published", "Beside published results", [
         Table(reproduction_table(record), record.benchmark.title),
         Folded("Protocols, citations, and what was shortened", [Text(line.strip()) for line in facts])], source, "Published")
-
-
-def trained_note(report: Report, all_cases: int, folds: Sequence[int], planned: int) -> list[str]:
-    """What must be known where not every fold is finished."""
-    if len(folds) >= planned or len(report.cases) >= all_cases:
-        return []
-    return [f"{len(folds)} of {planned} folds are finished, so {len(report.cases)} of {all_cases} labelled cases are in these results."]

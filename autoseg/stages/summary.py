@@ -63,7 +63,7 @@ def _memory_facts(plan: Plan) -> list[str]:
             continue
         if peak > stated * ABOVE:
             above.append(f"{name} {peak:.1f} GB")
-        elif peak < stated * BELOW and _limited_by_memory(plan, name):
+        elif plan.planner != "fit" and peak < stated * BELOW and _limited_by_memory(plan, name):
             below.append(f"{name} {peak:.1f} GB")
     facts = []
     if above:

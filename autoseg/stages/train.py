@@ -17,6 +17,7 @@ from autoseg.files.runs import RunFolder
 from autoseg.files.workspace import Workspace, save_record
 from autoseg.interrupts import Interrupts
 from autoseg.logs import SILENT, Reporter
+from autoseg.networks.describe import describe
 from autoseg.stages import cascade
 from autoseg.stages.budget import Budget, Pace, RandomCase, Share, case_seconds, duration, fit_length
 from autoseg.stages.evaluate import evaluate
@@ -46,31 +47,35 @@ def train(
     options: Options = Options(),
     reporter: Reporter = SILENT,
     interrupts: Interrupts | None = None,
+    started: float | None = None,
 ) -> None:
     """Train and validate the wanted folds of the wanted configurations (all of them by default); finished ones are skipped.
 
     A configuration that builds on a previous stage brings that stage with it, all folds of it, since every training case needs
-    the prediction of a network that has not seen it. With a time budget the epochs are chosen so that everything ends in time.
+    the prediction of a network that has not seen it. With a time budget the epochs are chosen so that everything ends in time,
+    which counts from `started` (of time.monotonic; now if None).
 
     Raises:
         RunError: unknown configuration or fold, or a run of that name was made with other settings.
         RecordError: plan or splits are invalid.
     """
-    begun = time.monotonic()
+    begun = time.monotonic() if started is None else started
     plan, splits = workspace.plan(), workspace.splits()
     check_splits(splits, workspace.dataset().cases)
     names = list(configurations or plan.configurations)
     wanted = list(range(len(splits))) if folds is None else list(folds)
     _require_sense(plan, names, wanted, len(splits), name, spec)
     records = _records(workspace, plan, names, wanted, name, spec, options)
+    for record in records.values():
+        describe(plan.configurations[record.configuration], len(plan.channels), plan.labels.output_count)  # before long work
     stages = [(plan.configurations[r.configuration].previous_stage, r.configuration) for r in records.values()]
     needed = list(dict.fromkeys(name for pair in stages for name in pair if name is not None))
     preprocess(workspace, needed, threads=options.threads, reporter=reporter)
-    work = _Work(workspace, options, reporter, interrupts or Interrupts())
+    fresh = {(name or n, fold) for n in names for fold in wanted} if options.restart else set()  # not what only a next stage needs
+    work = _Work(workspace, options, reporter, interrupts or Interrupts(), fresh)
     budget = work.measure(records, spec, begun)
-    if options.restart:
-        for run, fold in records:
-            RunFolder(workspace.fold(run, fold)).clear()
+    for key in fresh:
+        RunFolder(workspace.fold(*key)).clear()
     failures: list[str] = []
     for key, record in records.items():
         try:
@@ -99,8 +104,9 @@ def _records(
         for fold in range(len(workspace.splits())):
             folder = RunFolder(workspace.fold(previous, fold))
             if not folder.finished or (previous in names and fold in folds):
-                own = folder.record().spec if folder.record_path.exists() and previous not in names else spec
-                kept = options if previous in names else replace(options, restart=False, longer=False)
+                asked = previous in names and fold in folds
+                own = folder.record().spec if folder.record_path.exists() and not asked else spec
+                kept = options if asked else replace(options, restart=False, longer=False)
                 records[previous, fold] = make_record(workspace, plan, previous, previous, fold, own, kept)
     for configuration in names:
         for fold in folds:
@@ -132,8 +138,11 @@ def _require_sense(plan: Plan, names: Sequence[str], folds: Sequence[int], count
 class _Work:
     """What training a fold needs to know, and how it is done."""
 
-    def __init__(self, workspace: Workspace, options: Options, reporter: Reporter, interrupts: Interrupts) -> None:
+    def __init__(
+        self, workspace: Workspace, options: Options, reporter: Reporter, interrupts: Interrupts, fresh: set[Key]
+    ) -> None:
         self.workspace, self.options, self.reporter, self.interrupts = workspace, options, reporter, interrupts
+        self.fresh = fresh  # folds that begin anew
 
     def fold(self, key: Key, record: RunRecord, budget: Budget | None) -> None:
         """Train one fold, then segment and judge its validation cases; what is done already is skipped.
@@ -154,6 +163,12 @@ class _Work:
             begun, first = time.monotonic(), budget.shares[key].done if budget else 0
             adjust = (lambda training: budget.adjust(key, training, begun, first)) if budget else (lambda training: None)
             train_fold(job, folder, record, self.reporter, self.interrupts, adjust)
+        elif record.previous is not None and folder.record().data != self._data(record):
+            self.reporter.warn(
+                f"{key[0]} fold {key[1]} was trained on other cases or on other segmentations by {record.previous} than there are "
+                "now; train it again with --restart"
+            )
+            (folder.validation / "report.json").unlink(missing_ok=True)
         begun = time.monotonic()
         validate(self.workspace, key[0], key[1], self.options, self.reporter)
         if budget is not None and key in budget.shares:
@@ -165,7 +180,7 @@ class _Work:
         With `restart` this also shows whatever is wrong with the settings before anything is removed.
         """
         options, total = self.options, 0.0
-        left = {key: record for key, record in records.items() if options.restart or not self._done(key, record)}
+        left = {key: record for key, record in records.items() if key in self.fresh or not self._done(key, record)}
         paces: dict[str, Pace] = {}
         for configuration in dict.fromkeys(record.configuration for record in left.values()):
             own = [record for record in left.values() if record.configuration == configuration]
@@ -173,13 +188,13 @@ class _Work:
             if pace is None:
                 continue
             paces[configuration] = pace
-            steps = own[0].spec.total_steps * pace.per_step(own[0].spec)
-            total += steps * len(own)
+            seconds = [record.spec.total_steps * pace.per_step(record.spec) for record in own]
+            total += sum(seconds)
             if options.time_budget_s is None:
                 lengths = f"{own[0].spec.epochs} epochs of {own[0].spec.steps_per_epoch} steps"
                 self.reporter.info(
                     f"{configuration}: {lengths}, measured {pace.step:.3g} s per step in {own[0].spec.precision}: about "
-                    f"{duration(steps)} per fold, {duration(steps * len(own))} for {len(own)} fold(s)"
+                    f"{duration(seconds[0])} per fold, {duration(sum(seconds))} for {len(own)} fold(s)"
                 )
         if not paces:
             return None
@@ -217,7 +232,7 @@ class _Work:
 
     def _steps_done(self, key: Key) -> int:
         folder = RunFolder(self.workspace.fold(*key))
-        return 0 if self.options.restart else folder.checkpoint_step()
+        return 0 if key in self.fresh else folder.checkpoint_step()
 
     def _pace(self, record: RunRecord, seconds: float) -> Pace | None:
         """Measured seconds of a step, and with a budget of a validation case; None where training will say what is wrong."""

@@ -264,10 +264,11 @@ def describe_trust(trust: Trust) -> tuple[list[str], list[list[str]]]:
     facts = [f"calibrated on {trust.cases} cases by networks that have not seen them, folds {', '.join(map(str, trust.folds))}"]
     facts += [_told(name, model) for name, model in {"foreground mean": trust.quality_mean, **trust.quality}.items() if model]
     facts += [trust.quality_note] if trust.quality_note else []
-    rows = [["run", "temperature", "held back", "near structures: ECE", "after", "all voxels: ECE", "after", "NLL", "after"]]
+    rows = [["run", "temperature", "held back", "near structures: ECE", "after", "NLL", "after", "all voxels: ECE", "after"]]
     for run, one in trust.calibration.items():
-        pairs = [(one.near_before, one.near_after), (one.whole_before, one.whole_after)]
-        cells = [_cell(score, "ece") for pair in pairs for score in pair] + [_cell(score, "nll") for score in pairs[1]]
+        near, whole = (one.near_before, one.near_after), (one.whole_before, one.whole_after)
+        cells = [_cell(score, "ece") for score in near] + [_cell(score, "nll") for score in near]
+        cells += [_cell(score, "ece") for score in whole]
         rows.append([run, f"{one.temperature:.3f}", one.parts, *cells])
     return facts, rows
 

@@ -60,6 +60,14 @@ class Grid(Record):
         flips = tuple(bool(direction[world, axes[world]] < 0) for world in range(3))
         return AxisMap((axes[0], axes[1], axes[2]), (flips[0], flips[1], flips[2]))
 
+    def turned(self, orientation: str) -> AxisMap:
+        """What brings an array on this grid to a plan's orientation: "LPS", "RAS" (nnU-Net's reorienting readers) or "as_stored"."""
+        if orientation == "as_stored" or not self.has_direction:
+            return AxisMap((0, 1, 2), (False, False, False))
+        lps = self.to_lps()
+        head, back, left = lps.flips
+        return lps if orientation == "LPS" else AxisMap(lps.axes, (head, not back, not left))
+
     def mapped(self, axis_map: AxisMap) -> Grid:
         """The grid of an array after `axis_map.apply`."""
         direction, spacing, shape = np.asarray(self.direction, float), np.asarray(self.spacing), np.asarray(self.shape)

@@ -69,7 +69,7 @@ class ModelMetrics(Record):
 
 
 class TrainingData(Record):
-    """What the networks were trained on: kinds of channels, statistics of foreground voxels per channel, and ranges of numbers."""
+    """What the networks were trained on: kinds of channels, statistics of foreground voxels per channel, ranges of numbers."""
 
     channel_kinds: tuple[str, ...] = ()
     intensities: tuple[Intensities, ...] = ()
@@ -103,11 +103,10 @@ class ModelRecord(Record):
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelRecord:
-        used: set[str] = set()
-        for name in [member.run for member in self.members]:
-            if name in used and name in [m.run for m in self.members][: len(used)]:
-                raise ValueError(f"members names run {name!r} twice")
-            used |= set(self._stages(name))
+        runs = [member.run for member in self.members]
+        if len(set(runs)) != len(runs):
+            raise ValueError(f"members must name each run once, found {runs}")
+        used = {stage for run in runs for stage in self._stages(run)}
         if used != set(self.networks):
             raise ValueError(f"networks holds {sorted(set(self.networks) - used)}, which no member uses")
         for name, network in self.networks.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -150,7 +151,8 @@ class Plan(Record):
     planner: Annotated[str, Field(description="the planner that made these values")]
     gpu_memory_gb: Annotated[float, Field(gt=0, description="the GPU memory planned for")]
     orientation: Annotated[
-        Literal["LPS", "as_stored"], Field(description="how images lie inside: turned to LPS, or as their files store them")
+        Literal["LPS", "RAS", "as_stored"],
+        Field(description="how images lie inside: turned to LPS (or RAS), or as their files store them"),
     ] = "LPS"
     transpose_forward: Annotated[
         tuple[int, int, int], Field(description="the order of the axes z, y, x (0, 1, 2) in which all other values count")
@@ -160,9 +162,12 @@ class Plan(Record):
     intensities: Annotated[tuple[Intensities, ...], Field(description="per channel, statistics of voxels inside the labels")]
     configurations: dict[str, Configuration]
     notes: tuple[str, ...] = ()
+    resampling: Annotated[
+        Literal["cubic", "linear", "none"], Field(description="how images are interpolated; none: they keep their own spacing")
+    ] = "cubic"
     precision: Annotated[Literal["bf16", "fp16", "fp32"], Field(description="that the memory was planned for")] = "bf16"
     time_budget_s: Annotated[
-        float | None, Field(gt=0, description="seconds for training all folds of all configurations; null: no limit")
+        float | None, Field(gt=0, description="seconds that a train command may take; null: no limit")
     ] = None
     reasons: Annotated[
         dict[str, Reason], Field(description="why, by path, such as configurations.3d_fullres.patch_size; not read by any stage")
@@ -198,6 +203,14 @@ class Plan(Record):
         if sorted(self.transpose_forward) != [0, 1, 2]:
             raise ValueError(f"transpose_forward must be a permutation of 0, 1, 2, found {self.transpose_forward}")
         for name, configuration in self.configurations.items():
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+                raise ValueError(f"configurations: {name!r} names a folder; it takes letters, digits, dots, dashes and underscores")
+            stage = self.configurations.get(configuration.previous_stage or "")
+            if stage is not None and stage.previous_stage is not None:
+                raise ValueError(
+                    f"configurations.{name}.previous_stage: {configuration.previous_stage!r} has a previous stage itself; "
+                    "a cascade has two stages"
+                )
             if len(configuration.normalization) != len(self.channels):
                 raise ValueError(
                     f"configurations.{name}.normalization must have one entry for each of {len(self.channels)} channels"

@@ -34,8 +34,9 @@ class CalibrationScore(Record):
 class Calibration(Record):
     """The temperature that a run's logits are divided by, and what it does to voxels of held-back folds.
 
-    `near` are voxels at a boundary or inside of a predicted structure, `whole` all voxels; `after` uses for each part the temperature of
-    `part_temperatures`, fitted without it. Scores are None where there is only one part. `parts` says what was held back.
+    `near` are voxels at a boundary or inside of a predicted structure, on which it is fitted, `whole` all voxels; `after` uses
+    for each part the temperature of `part_temperatures`, fitted without it. Scores are None where there is only one part. `parts`
+    says what was held back.
     """
 
     temperature: float = Field(gt=0)

@@ -1,6 +1,6 @@
 """Which symptoms are named for which planted cause: prints a confusion table.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/diagnosis.py [--repeats 5] [--cases 20] [--size 0.7] [--hippocampus DATA]
+    python tests/benchmarks/diagnosis.py [--repeats 5] [--first 0] [--cases 20] [--size 0.7] [--hippocampus DATA]
 
 Masks are made from phantoms (left and right lung, heart, spine, lesions of many sizes) or real hippocampus labels: first every
 boundary is moved by smooth noise of half a voxel, as a good network would, then one cause is planted. Learning curves are made
@@ -309,6 +309,7 @@ def main() -> None:
     """Print the table of the chest phantoms, and of the hippocampus where its data is given."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--first", type=int, default=0, help="number of the first repeat; each has cases of its own")
     parser.add_argument("--cases", type=int, default=20)
     parser.add_argument("--size", type=float, default=0.7)
     parser.add_argument("--hippocampus", type=Path)
@@ -319,7 +320,7 @@ def main() -> None:
         scenes["hippocampus labels"] = (HIPPOCAMPUS, (), [p for p in PLANTED if not p.chest_only])
     for scene, (targets, pairs, planted) in scenes.items():
         rows: dict[str, tuple[tuple[Symptom, ...], Counter]] = {p.name: (p.expected, Counter()) for p in planted}
-        for repeat in range(options.repeats):
+        for repeat in range(options.first, options.first + options.repeats):
             indices = range(repeat * options.cases, (repeat + 1) * options.cases)
             truths = ([chest_truth(i, options.size) for i in indices] if targets is CHEST
                       else hippocampus_truths(options.hippocampus, indices))
@@ -328,7 +329,8 @@ def main() -> None:
                 rows[p.name][1].update(named(planted_samples(p, truths, start, repeat, targets, pairs)))
         if targets is CHEST:
             for name, (kind, expected) in CURVES.items():
-                rows[name] = (expected, Counter(s for r in range(options.repeats) for s in named_by_curves(kind, r)))
+                seeds = range(options.first, options.first + options.repeats)
+                rows[name] = (expected, Counter(symptom for seed in seeds for symptom in named_by_curves(kind, seed)))
         print(f"\n{scene}, {options.cases} cases, {options.repeats} repeats\n")
         print("\n".join(table(rows, options.repeats)))
     print(f"\n{time.perf_counter() - begin:.0f} s", file=sys.stderr)

@@ -23,6 +23,7 @@ from autoseg.files.images import read_case
 from autoseg.files.preprocessed import StoredCase, open_case
 from autoseg.files.runs import RunFolder
 from autoseg.files.workspace import Workspace, load_record, save_record
+from autoseg.logs import Silent
 from autoseg.stages import cascade
 from autoseg.stages.plan import plan
 from autoseg.stages.predict import Options, load_model, network_hashes, predict
@@ -39,6 +40,18 @@ SPEC = TrainSpec(
     epochs=1, steps_per_epoch=12, val_steps=1, augment=AugmentSpec(mirror=(2,)), optimizer=OptimizerSpec(kind="adamw", lr=0.01),
     precision="fp32",
 )
+
+
+class Telling(Silent):
+    """Keeps warnings."""
+
+    def __init__(self, told: list[str]) -> None:
+        self.told = told
+
+    def warn(self, message: str) -> None:
+        self.told.append(message)
+
+
 CHILD = f"""
 import os, signal, sys
 from autoseg.files.workspace import Workspace, load_record
@@ -200,6 +213,21 @@ def test_only_what_another_network_would_segment_is_made_anew(story: Story, tmp_
     after = files(work.runs / LOW)
     rewritten = {Path(name).parts[0] for name in before if before[name] != after[name]}
     assert rewritten == {"fold_1", "fold_2"} and set(before) == set(after)
+
+
+def test_restarting_the_second_stage_leaves_what_the_first_has(story: Story, tmp_path: Path) -> None:
+    work = Workspace(shutil.copytree(story.work.root, tmp_path / "work"))
+    unfinished = RunFolder(work.fold(LOW, 1))
+    record = unfinished.record()
+    longer = record.spec.model_copy(update={"epochs": 2})
+    train(work, [LOW], [1], spec=longer, options=Training("cpu", 0, longer=True))
+    before = {fold: RunFolder(work.fold(LOW, fold)).weights_path.read_bytes() for fold in range(CASES)}
+    told: list[str] = []
+    train(work, [HIGH], [0], spec=SPEC, options=Training("cpu", 0, restart=True), reporter=Telling(told))
+    assert {fold: RunFolder(work.fold(LOW, fold)).weights_path.read_bytes() for fold in range(CASES)} == before
+    train(work, [LOW], [0], spec=SPEC.model_copy(update={"seed": 5}), options=Training("cpu", 0, restart=True))
+    train(work, [HIGH], [0], spec=SPEC, options=Training("cpu", 0), reporter=Telling(told))
+    assert any("trained on other cases or on other segmentations" in line for line in told)
 
 
 def test_a_first_stage_that_is_not_finished_is_told_with_the_command(story: Story, tmp_path: Path) -> None:

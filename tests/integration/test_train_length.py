@@ -93,3 +93,9 @@ def test_a_time_budget_sets_the_length_and_is_resumed_with_the_time_left(cli, pl
 def test_a_time_budget_and_a_number_of_epochs_exclude_each_other(cli, planned):
     cli.call("train", planned, "--time-budget", "1h", "--epochs", 3).refused("--time-budget", "--epochs")
     cli.call("train", planned, "--time-budget", "soon").refused("6h", "'soon'")
+
+
+def test_a_time_budget_that_cannot_be_kept_is_refused_with_one_that_can(cli, planned, tmp_path):
+    work = cli.copied(planned, tmp_path / "work", runs=False)
+    cli.call("train", work, *LONGER, "--time-budget", "2s", "--threads", 0, "--device", "cpu").refused("too short", "about")
+    assert not (work / "runs" / "3d_fullres" / "fold_0").exists()

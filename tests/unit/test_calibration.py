@@ -102,6 +102,22 @@ def test_each_part_is_scored_with_a_temperature_fitted_without_it():
     assert found.whole_after.nll > naive.nll, "what is held back does worse than what was fitted on"
 
 
+def test_the_temperature_is_fitted_near_structures_and_told_for_all_voxels():
+    samples = []
+    for seed in range(3):
+        near, far = classes(4000, 2.0, seed), classes(8000, 0.5, 10 + seed)
+        samples.append(VoxelSample.joined([near, VoxelSample(far.logits, far.truth, far.weights, np.zeros(8000, bool))]))
+    found = calibrate_sample(samples, [0, 1, 2], "folds")
+    assert found.temperature == pytest.approx(2.0, rel=0.08)
+    assert found.near_before is not None and found.near_after is not None
+    assert found.near_after.ece < 0.02 < found.near_before.ece
+    assert found.whole_before is not None and found.whole_after is not None
+    assert found.whole_after.nll > found.whole_before.nll, "what it costs elsewhere is not hidden"
+    none = [VoxelSample(s.logits, s.truth, s.weights, np.zeros(12_000, bool)) for s in samples]
+    blind = calibrate_sample(none, [0, 1, 2], "folds")
+    assert blind.near_before is None and blind.temperature < 2
+
+
 def test_a_single_part_has_a_temperature_and_no_scores():
     found = calibrate_sample([classes(500, 2.0)], [0], "none")
     assert found.temperature > 1 and found.whole_after is None and found.near_before is None

@@ -200,6 +200,47 @@ def test_members_count_by_their_weight() -> None:
         assert np.array_equal(found.label_zyx, np.array([0, 3, 300])[mean.argmax(0)])
 
 
+def test_temperatures_change_what_probabilities_are_told_and_never_the_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    image, grid = steps_image((1, 5, 6, 7), high=2) + 1, Grid(shape=(5, 6, 7), spacing=(1, 1, 1))
+    made = plan(ABC, c=configuration((8, 8, 8)))
+    logits = [Pointwise(bias)(torch.from_numpy(image)[None])[0][0].numpy() for bias in (0.0, -1.0)]
+    given: list[Any] = []
+    monkeypatch.setattr("autoseg.inference.apply_postprocessing", lambda label, *rest: given.append(rest) or label)
+    for temperatures in ((1.0,), (2.5,), (0.5, 4.0)):
+        biases = (0.0, -1.0)[: len(temperatures)]
+        members = [
+            Member(made, "c", (Pointwise(b),), (), temperature=t)  # type: ignore[arg-type]
+            for b, t in zip(biases, temperatures, strict=True)
+        ]
+        one = Model(members, CPU, "fp32", postprocessing=[Spec(kind="threshold")])
+        found = one.predict_image(Image(image, grid, ""), probabilities=True)
+        pairs = list(zip(logits, temperatures, strict=False))
+        raw = sum(softmax(values, axis=0) for values, _ in pairs) / len(pairs)
+        told = sum(softmax(values / t, axis=0) for values, t in pairs) / len(pairs)
+        assert found.probabilities_czyx is not None
+        np.testing.assert_allclose(found.probabilities_czyx, told, atol=1e-5)
+        np.testing.assert_allclose(given.pop()[1], raw, atol=1e-5)
+        assert np.array_equal(found.label_zyx, np.array([0, 3, 300])[raw.argmax(0)])
+
+
+@pytest.mark.parametrize("labels", [ABC, NESTED])
+def test_uncertainty_of_folds_and_mirrors_is_told_and_changes_no_label(labels: Labels) -> None:
+    image, grid = steps_image((1, 9, 10, 11)), Grid(shape=(9, 10, 11), spacing=(1, 1, 1))
+    networks = (Regions(), Regions()) if labels is NESTED else (Pointwise(0.0), Pointwise(0.0))
+    same = model(networks, (8, 8, 8), labels).predict_image(Image(image, grid, ""), uncertainty=True)
+    plain = model(networks, (8, 8, 8), labels).predict_image(Image(image, grid, ""))
+    assert np.array_equal(same.label_zyx, plain.label_zyx) and plain.uncertainty_kzyx is None
+    assert same.uncertainty_kzyx is not None and same.uncertainty_kzyx.shape == (2, 9, 10, 11)
+    assert same.uncertainty_kzyx[0].min() > 0 and same.uncertainty_kzyx[1].max() < 1e-5, "all passes agree"
+    if labels is ABC:
+        apart = model((Pointwise(0.0), Pointwise(3.0)), (8, 8, 8)).predict_image(Image(image, grid, ""), uncertainty=True)
+        assert apart.uncertainty_kzyx is not None and apart.uncertainty_kzyx[1].min() > 0.01
+    slope = model(Slope(), (8, 8, 8)).predict_image(Image(image, grid, ""), uncertainty=True)
+    assert slope.uncertainty_kzyx is not None and slope.uncertainty_kzyx[1].max() > 0.01, "mirrored copies disagree"
+    straight = model(Slope(), (8, 8, 8), mirror=False).predict_image(Image(image, grid, ""), uncertainty=True)
+    assert straight.uncertainty_kzyx is not None and straight.uncertainty_kzyx[1].max() < 1e-5
+
+
 def test_post_processing_gets_the_probabilities_the_image_and_the_spacing(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
     monkeypatch.setattr("autoseg.inference.apply_postprocessing", lambda label, *rest: given.append(rest) or label)

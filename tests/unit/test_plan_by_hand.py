@@ -71,7 +71,8 @@ def test_a_saved_plan_names_its_schema_first_and_its_reasons_last(tmp_path: Path
     assert work.plan() == plan
     text = work.plan_path.read_text().splitlines()
     assert '"patch_size": [128, 128, 128],' in [line.strip() for line in text]
-    assert sum(line.startswith('  "configurations.') for line in text) == len(plan.reasons) - 10  # each reason in one line
+    inside = sum(path.startswith("configurations.") for path in plan.reasons)
+    assert sum(line.startswith('  "configurations.') for line in text) == inside  # each reason in one line
     work.save_plan(plan.model_copy(update={"reasons": {}}))
     assert not work.plan().reasons
 
@@ -159,6 +160,31 @@ def test_in_a_plan_without_reasons_what_no_planner_calls_so_was_made_by_hand(ima
     edit(work, lambda data: (data.pop("reasons"), data["configurations"].update({"wide": WIDE, "3d_lowres": WIDE})))
     kept = run_plan(images, work, replan=True).plan.configurations
     assert "wide" in kept and "3d_lowres" not in kept
+
+
+def test_what_a_person_made_outlives_a_plan_that_is_invalid_elsewhere(images: Path, tmp_path: Path) -> None:
+    work = Workspace(tmp_path / "work")
+    run_plan(images, work)
+    edit(work, lambda data: (data["configurations"].update(wide=WIDE), data["configurations"]["2d"].update(patch_size=[33, 32])))
+    again = run_plan(images, work, replan=True)
+    assert again.plan.configurations["wide"].batch_size == 5 and "configurations.wide: made by hand, kept" in again.changes
+
+
+@pytest.mark.parametrize(("name", "entry", "message"), [
+    ("../../x", {"inherits_from": "2d"}, "names a folder"),
+    (".hidden", {"inherits_from": "2d"}, "names a folder"),
+    ("third", {"inherits_from": "2d", "previous_stage": "second"}, "a cascade has two stages"),
+    ("self", {"inherits_from": "2d", "previous_stage": "self"}, "a cascade has two stages"),
+])
+def test_names_that_are_paths_and_cascades_of_three_stages_are_refused(
+    images: Path, tmp_path: Path, name: str, entry: dict[str, Any], message: str,
+) -> None:
+    work = Workspace(tmp_path / "work")
+    run_plan(images, work)
+    second = {"inherits_from": "2d", "previous_stage": "2d"}
+    edit(work, lambda data: data["configurations"].update({"second": second, name: entry}))
+    with pytest.raises(RecordError, match=message):
+        work.plan()
 
 
 def test_a_damaged_plan_has_no_entries_as_written(tmp_path: Path) -> None:

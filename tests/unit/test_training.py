@@ -267,6 +267,15 @@ def test_one_patch_that_does_not_fit_is_an_error():
     assert training.micro_batch == 1
 
 
+def test_a_step_that_cannot_even_be_measured_is_told_in_one_sentence(monkeypatch):
+    def failing(self: Training, batch: object) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Training, "_gradients", failing)
+    with pytest.raises(RunError, match="one patch at a time; plan smaller patches"):
+        measure_step(job())
+
+
 def test_the_micro_batch_is_part_of_the_state():
     first, second = Training(job()), Training(job())
     out_of_memory_above(first, 2)

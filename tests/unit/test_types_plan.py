@@ -81,7 +81,7 @@ def test_inheritance_in_a_circle_or_from_nothing_is_refused(configurations: dict
     ({"transpose_forward": [0, 1, 1]}, r"transpose_forward must be a permutation of 0, 1, 2, found \(0, 1, 1\)"),
     ({"channels": ["a", "b"]}, r"configurations\.2d\.normalization must have one entry for each of 2 channels"),
     ({"gpu_memory_gb": 0}, "gpu_memory_gb"),
-    ({"orientation": "RAS"}, "'LPS' or 'as_stored'"),
+    ({"orientation": "LAS"}, "'LPS', 'RAS' or 'as_stored'"),
     ({"format": 2}, "format"),
 ])
 def test_a_plan_that_contradicts_itself_is_refused(changes: dict[str, Any], message: str) -> None:
