@@ -185,9 +185,10 @@ class Model:
     def logits(
         self, member: Member, case: Preprocessed, advance: Callable[[int], None] = lambda n: None, uncertainty: bool = False,
     ) -> torch.Tensor:
-        """Logits (classes, z, y, x) float32 on the preprocessed grid: mean over folds and mirrorings, tiles blended.
+        """Logits (classes, z, y, x) on the preprocessed grid: mean over folds and mirrorings, tiles blended.
 
-        With `uncertainty` the channels `MAPS` follow the classes.
+        They are float32, in a plan with nnU-Net's arithmetic float16 unless `uncertainty` is asked for. With `uncertainty` the
+        channels `MAPS` follow the classes.
         """
         before: NDArray[np.integer] | None = None
         if member.previous is not None:
@@ -206,6 +207,13 @@ class Model:
         uncertainty: bool = False,
     ) -> torch.Tensor:
         """Logits of a preprocessed image, as `logits`; `previous_zyx` is the previous stage's segmentation on its grid."""
+        half = member.plan.arithmetic == "nnunet" and not uncertainty
+        if half and len(member.networks) > 1:  # nnU-Net gathers each fold's logits on their own
+            folds = [dataclasses.replace(member, networks=(network,)) for network in member.networks]
+            total = self.slide(folds[0], image_czyx, previous_zyx, advance)
+            for fold in folds[1:]:
+                total += self.slide(fold, image_czyx, previous_zyx, advance)
+            return total.div_(len(folds))
         configuration = member.configuration
         image = torch.from_numpy(image_czyx).to(self.device)
         if previous_zyx is not None:
@@ -222,11 +230,11 @@ class Model:
             return result[:, :, None] if flat else result
 
         try:
-            return sliding_window(image, tiling, forward, configuration.batch_size, advance)
+            return sliding_window(image, tiling, forward, configuration.batch_size, advance, half=half)
         except RuntimeError as error:
             if self.device.type == "cpu" or not is_out_of_memory(error):
                 raise
-        return sliding_window(image, tiling, forward, 1, advance, store=torch.device("cpu"))  # slower, but it fits
+        return sliding_window(image, tiling, forward, 1, advance, store=torch.device("cpu"), half=half)  # slower, but it fits
 
     def _passes(self, member: Member, tiles: torch.Tensor, uncertainty: bool) -> torch.Tensor:
         """Mean logits (tile, classes, ...) of all networks and mirrorings, followed by `MAPS` with `uncertainty`."""
@@ -282,7 +290,8 @@ class Model:
         shares, temperatures = [m.weight for m in self.members], [m.temperature for m in self.members]
         tempered = probabilities and set(temperatures) != {1.0}
         dense = (probabilities and not tempered) or needs_probabilities(self.postprocessing)
-        inside, probable = restore_ensemble(members, self._region_values, dense, shares)
+        half = all(member.plan.arithmetic == "nnunet" for member in self.members)
+        inside, probable = restore_ensemble(members, self._region_values, dense, shares, half)
         if self.postprocessing:
             spacing = placements[0].stored.spacing
             inside = apply_postprocessing(inside, self.postprocessing, probable, image_czyx, spacing)

@@ -26,6 +26,7 @@ from autoseg.stages.figures import OverlayRow, overlay_figure
 from autoseg.stages.plan import plan
 from autoseg.stages.preprocess import preprocess
 from autoseg.stages.select import select
+from autoseg.stages.trust import calibrate
 from autoseg.types.plan import Configuration
 from autoseg.types.report import Report
 from autoseg.types.run import AugmentSpec, OptimizerSpec, SamplerSpec, TrainSpec
@@ -48,6 +49,7 @@ def segment(
         workspace, configurations, spec=spec, reporter=reporter, interrupts=interrupts
     )  # every fold, then its validation
     select(workspace, reporter=reporter)  # configuration or ensemble, post-processing
+    calibrate(workspace, reporter=reporter)  # how far probabilities and masks of new cases can be trusted
     cases = read_inputs(images, channels=len(workspace.plan().channels))
     prediction.predict(workspace, cases, masks, reporter=reporter)  # the ensemble of all folds, in each image's own geometry
 

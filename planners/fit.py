@@ -140,7 +140,7 @@ class _Sizer:
                 continue  # whatever patch fits here, it is too small: saves most of the search
             rounded = tuple(np.maximum(np.rint(exact), 1).tolist())
             search = Search(self.card, template.model_copy(update={"spacing": tuple(coarse.tolist()), "median_shape": rounded}))
-            if search.largest_voxels() / voxels >= rules.LOW_RES_COVERAGE:
+            if search.covers(voxels, rules.LOW_RES_COVERAGE):
                 break
         choice = search.choose(voxels * self.cases, recompute=False)
         fitted = rules.FittedPatch(choice.layout, 0, choice.fits)

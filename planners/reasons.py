@@ -312,6 +312,7 @@ def general_whys(
         "intensities": Why("measured on voxels inside the labels, all training cases together; normalisation of CT uses them, "
                            "in training and on new images alike", {"cases": cases}, NNUNET),
         "resampling": Why("cubic splines keep images sharp; logits and labels are interpolated linearly", {}, NNUNET),
+        "arithmetic": Why("logits of overlapping tiles are added up without rounding"),
         "precision": Why("memory is planned for 16-bit arithmetic, which training uses where the hardware has it"),
         "time_budget_s": Why("no time budget was given, so training has its full length"),
     }

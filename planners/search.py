@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -77,19 +78,19 @@ class Choice:
         return self.voxels / math.prod(self.configuration.median_shape)
 
 
-def nested_patches(spacing: rules.Floats, median_shape: rules.Floats) -> list[rules.Topology]:
+def nested_patches(spacing: rules.Floats, median_shape: rules.Floats) -> Iterator[rules.Topology]:
     """Legal patches from the largest that makes sense to the smallest, none with an edge longer than the one before."""
     layout: rules.Topology | None = rules.topology(spacing, rules.initial_patch(spacing, median_shape))
-    chain: list[rules.Topology] = []
+    last: rules.Ints = ()
     seen: set[rules.Ints] = set()
     while layout is not None and layout.patch_size not in seen:
         seen.add(layout.patch_size)
-        if chain and math.prod(layout.patch_size) < SMALLEST_VOXELS[len(spacing)]:
+        if last and math.prod(layout.patch_size) < SMALLEST_VOXELS[len(spacing)]:
             break
-        if not chain or all(a <= b for a, b in zip(layout.patch_size, chain[-1].patch_size, strict=True)):
-            chain.append(layout)
+        if not last or all(a <= b for a, b in zip(layout.patch_size, last, strict=True)):
+            last = layout.patch_size
+            yield layout
         layout = rules.smaller(spacing, layout, median_shape)
-    return chain
 
 
 class Search:
@@ -101,8 +102,9 @@ class Search:
 
     def __init__(self, card: Card, template: Configuration) -> None:
         self.card, self.template = card, template
-        self.chain = nested_patches(template.spacing, template.median_shape)
-        self.voxels = [math.prod(layout.patch_size) for layout in self.chain]
+        self._smaller = nested_patches(template.spacing, template.median_shape)
+        self.chain = [next(self._smaller)]  # as far as it was looked at
+        self.voxels = [math.prod(self.chain[0].patch_size)]
         self._peaks: dict[tuple[int, int, int], int] = {}
         self._per_voxel = self.peak(0) / self.voxels[0]
 
@@ -111,25 +113,39 @@ class Search:
         """About how many voxels a patch of which two fill the budget has."""
         return self.card.usable / self._per_voxel
 
-    def largest_voxels(self) -> int:
-        """Voxels of the largest patch of which two fit the budget with nothing recomputed, or else of the smallest there is."""
-        index = self._first_within(self.card.usable)
-        return self.voxels[-1 if index is None else index]
+    def covers(self, voxels: float, share: float) -> bool:
+        """Whether the largest patch of which two fit the budget, or else the smallest there is, has that share of `voxels`.
+
+        Looks no further than at patches that are too small.
+        """
+        index = 0
+        while self._reaches(index):
+            if self.voxels[index] / voxels < share:
+                return False
+            if self._within(index, self.card.usable):
+                return True
+            index += 1
+        return True
 
     def choose(self, dataset_voxels: float, recompute: bool = True) -> Choice:
         """The largest patch of which two fit the budget, then as many as fit and the data set allows."""
-        allowed = [int(DATA_SHARE * dataset_voxels / voxels) for voxels in self.voxels]
         plain = self._first_within(self.card.usable)
         found = self._recomputed(len(self.chain) if plain is None else plain) if recompute else None
         if found is not None:  # what was saved has gone into the patch, so the batch is the smallest
             index, stages = found
-            made = self._choice(index, rules.MIN_BATCH, stages, "larger patch", allowed[index])
+            made = self._choice(index, rules.MIN_BATCH, stages, "larger patch", self._allowed(index, dataset_voxels))
             without = () if plain is None else self.chain[plain].patch_size
             return replace(made, cost=self._cost(index, stages), plain_patch=without)
         if plain is None:
-            return replace(self._choice(-1, rules.MIN_BATCH, 0, "minimum", allowed[-1]), fits=False)
-        batch, limit = self._batch(plain, allowed[plain])
-        return self._choice(plain, batch, 0, limit, allowed[plain])
+            allowed = self._allowed(-1, dataset_voxels)
+            return replace(self._choice(-1, rules.MIN_BATCH, 0, "minimum", allowed), fits=False)
+        allowed = self._allowed(plain, dataset_voxels)
+        batch, limit = self._batch(plain, allowed)
+        return self._choice(plain, batch, 0, limit, allowed)
+
+    def _allowed(self, index: int, dataset_voxels: float) -> int:
+        """How many patches the allowed share of the data set comes to."""
+        return int(DATA_SHARE * dataset_voxels / self.voxels[index])
 
     def _choice(self, index: int, batch: int, stages: int, limit: Limit, data_allows: int) -> Choice:
         made, peak = self.configuration(index, batch, stages), self.peak(index, batch, stages)
@@ -156,10 +172,25 @@ class Search:
 
     def _first_within(self, budget: float) -> int | None:
         """The largest patch of which two fit `budget` bytes with nothing recomputed."""
-        for index in range(len(self.chain)):
-            if self._plausible(index, budget, PLAUSIBLE[0]) and self.peak(index) <= budget:
+        index = 0
+        while self._reaches(index):
+            if self._within(index, budget):
                 return index
+            index += 1
         return None
+
+    def _reaches(self, index: int) -> bool:
+        """Whether there are so many patches; the chain is made as it is looked at."""
+        while len(self.chain) <= index:
+            layout = next(self._smaller, None)
+            if layout is None:
+                return False
+            self.chain.append(layout)
+            self.voxels.append(math.prod(layout.patch_size))
+        return True
+
+    def _within(self, index: int, budget: float) -> bool:
+        return self._plausible(index, budget, PLAUSIBLE[0]) and self.peak(index) <= budget
 
     def _plausible(self, index: int, budget: float, factor: float) -> bool:
         """Whether the patch is worth a look: memory grows about as its voxels."""

@@ -14,6 +14,7 @@ from autoseg.types.case import Image, Placement, Preprocessed
 from autoseg.types.geometry import Vector
 from autoseg.types.plan import Configuration, Plan
 
+
 def target_spacing(spacing_zyx_mm: Vector, configuration: Configuration, resampling: str = "cubic") -> Vector:
     """Return the spacing to resample to; a 2D configuration keeps the spacing between slices, without resampling all stays."""
     if resampling == "none":

@@ -21,15 +21,20 @@ from autoseg.types.trust import QualityModel
 
 Floats = NDArray[np.float64]
 Features = dict[str, float]
+CaseFeatures = Mapping[str, Features | None]  # by structure, None for one that was not found
 
 FEATURES = (
-    "expected_dice", "entropy_inside", "entropy_boundary", "disagreement_boundary", "log_volume", "log_components", "missing",
+    "expected_dice", "entropy_inside", "entropy_boundary", "disagreement_boundary", "log_volume", "log_components",
+    "log_elongation",
 )
-DEVIATION = "volume_deviation"  # how far the log volume is from the training cases' median
+MISSING = "missing"  # the share of structures that were not found
+VOLUME = "log_volume"  # of its columns the distance from the mean is a feature too
+CASES_PER_FEATURE = 10  # with fewer cases, each structure is judged by its own features only
 MIN_CASES = 20  # fewer give no estimate
 LEVEL = 0.9  # of the interval
-PENALTIES = (1.0, 10.0, 100.0, 300.0)
+PENALTIES = (3.0, 10.0, 30.0, 100.0, 300.0)
 DICE_RANGE = (0.01, 0.999)  # beyond it a logit says nothing
+_CONSTANT = 1e-9  # standard deviations below it are those of a constant
 _FLOORS = {"entropy": 1e-3, "disagreement": 1e-4}  # bits below which logarithms are not told apart
 
 
@@ -58,7 +63,7 @@ def beliefs(logits_czyx: Tensor, regions: bool) -> tuple[NDArray[np.integer], Fl
 
 def target_features(
     mask_zyx: NDArray[np.bool_], entropy_zyx: NDArray[np.floating], disagreement_zyx: NDArray[np.floating],
-    probability: tuple[float, float], voxel_ml: float, flat: bool = False,
+    probability: tuple[float, float], voxel_ml: float, spacing_zyx_mm: Sequence[float], flat: bool = False,
 ) -> Features | None:
     """Features of one structure; None where its mask is empty.
 
@@ -86,17 +91,35 @@ def target_features(
         "disagreement_boundary": math.log(float(disagreement[edge].mean()) + _FLOORS["disagreement"]),
         "log_volume": math.log(voxels * voxel_ml),
         "log_components": math.log(components),
-        "missing": 0.0,
+        "log_elongation": _log_elongation(mask, spacing_zyx_mm),
     }
 
 
-def mean_features(targets: Mapping[str, Features | None]) -> Features | None:
-    """The means over the structures that were found, and the share that was not; None where nothing was found."""
-    found = [features for features in targets.values() if features is not None]
-    if not found:
+def _log_elongation(mask_zyx: NDArray[np.bool_], spacing_zyx_mm: Sequence[float]) -> float:
+    """The logarithm of the ratio of the largest to the smallest variance of a mask's voxels along any direction.
+
+    Each voxel's own extent counts, so that a plane of voxels is not endlessly flat.
+    """
+    places = np.stack(np.nonzero(mask_zyx)) * np.asarray(spacing_zyx_mm)[:, None]
+    own = np.diag(np.asarray(spacing_zyx_mm, np.float64) ** 2 / 12)
+    values = np.linalg.eigvalsh(np.cov(places, bias=True).reshape(3, 3) + own)
+    return float(np.log(values[-1] / values[0]))
+
+
+def columns_of(case: CaseFeatures, own: str | None) -> Features | None:
+    """Everything an estimate may rest on: the features of the structure `own`, or their means over those found when None, and the
+    features of every structure, NaN where it was not found. None where there is nothing to estimate.
+    """
+    found = [one for one in case.values() if one is not None]
+    mine = case.get(own) if own is not None else None
+    if own is None and found:
+        mine = {name: float(np.mean([one[name] for one in found])) for name in FEATURES}
+    if mine is None:
         return None
-    means = {name: float(np.mean([one[name] for one in found])) for name in FEATURES}
-    return {**means, "missing": 1 - len(found) / len(targets)}
+    columns = {**mine, MISSING: 1 - len(found) / len(case)}
+    for target, one in case.items():
+        columns |= {f"{target}: {name}": math.nan if one is None else one[name] for name in FEATURES}
+    return columns
 
 
 def mean_entropy(targets: Mapping[str, Features | None]) -> float | None:
@@ -117,89 +140,119 @@ def logit(dice: float) -> float:
     return float(special.logit(min(max(dice, DICE_RANGE[0]), DICE_RANGE[1])))
 
 
-def fit_quality(features: Sequence[Features | None], dice: Sequence[float | None], parts: Sequence[int]) -> QualityModel | None:
-    """Regress the logit of the Dice on the features; entries of cases in which either is undefined are left out.
+def fit_quality(
+    cases: Sequence[CaseFeatures], dice: Sequence[float | None], parts: Sequence[int], own: str | None = None,
+) -> QualityModel | None:
+    """Regress the logit of the Dice of the structure `own`, or of the foreground mean, on features of the prediction.
 
     parts: which part (fold) each case is in; every part is predicted by a regression on the others, whose strength of
-    regularisation was chosen without it too. None with fewer than `MIN_CASES` cases or three parts.
+    regularisation was chosen without it too. The features are those of all structures where there are `CASES_PER_FEATURE` cases
+    for each, else the structure's own. Cases without estimate or Dice are left out. None with fewer than `MIN_CASES` cases or
+    three parts.
     """
-    known = [(f, d, p) for f, d, p in zip(features, dice, parts, strict=True) if f is not None and d is not None]
+    columns = [columns_of(case, own) for case in cases]
+    known = [(c, d, p) for c, d, p in zip(columns, dice, parts, strict=True) if c is not None and d is not None]
     if len(known) < MIN_CASES or len({part for _, _, part in known}) < 3:
         return None
-    rows = np.array([[f[name] for name in FEATURES] for f, _, _ in known])
-    true = np.array([d for _, d, _ in known])
-    part = np.array([p for _, _, p in known])
-    target = special.logit(np.clip(true, *DICE_RANGE))
-    held, plain = np.empty(len(rows)), np.empty(len(rows))
-    for number in np.unique(part):
-        out, rest = part == number, part != number
-        held[out] = _Ridge.fit(rows[rest], target[rest], _best_penalty(rows[rest], target[rest], part[rest])).predict(rows[out])
-        plain[out] = true[rest].mean()
-    residuals = target - held
-    estimate = special.expit(held)
-    penalty = _best_penalty(rows, target, part)
-    model = _Ridge.fit(rows, target, penalty)
+    names = _features(list(cases[0]), len(known))
+    data = _Data([c for c, _, _ in known], np.array([d for _, d, _ in known]), np.array([p for _, _, p in known]))
+    held, plain = np.empty(len(known)), np.empty(len(known))
+    for number in np.unique(data.part):
+        out, rest = data.only(data.part == number), data.only(data.part != number)
+        held[data.part == number] = _Ridge.fit(rest, names, _penalty(rest, names)).predict(out.columns)
+        plain[data.part == number] = rest.dice.mean()
+    residuals, estimate = data.target - held, special.expit(held)
+    penalty = _penalty(data, names)
+    model = _Ridge.fit(data, names, penalty)
     low, high = _interval(residuals)
-    inside = np.concatenate([_covered(residuals[part == number], residuals[part != number]) for number in np.unique(part)])
-    varied = np.ptp(true) > 0 and np.ptp(estimate) > 0
+    inside = [_covered(residuals[data.part == number], residuals[data.part != number]) for number in np.unique(data.part)]
+    varied = np.ptp(data.dice) > 0 and np.ptp(estimate) > 0
     return QualityModel(
-        features=(*FEATURES, DEVIATION), centres=tuple(model.centres), scales=tuple(model.scales), weights=tuple(model.weights),
-        intercept=model.intercept, volume_centre=model.volume_centre, penalty=penalty, low=low, high=high, level=LEVEL,
-        cases=len(rows), spearman=float(stats.spearmanr(estimate, true).statistic) if varied else None,
-        error=float(np.abs(estimate - true).mean()), plain_error=float(np.abs(plain - true).mean()),
-        coverage=float(inside.mean()),
+        features=names, centres=tuple(model.centres), scales=tuple(model.scales), deviations=tuple(model.deviations),
+        weights=tuple(model.weights), intercept=model.intercept, penalty=penalty, low=low, high=high, level=LEVEL,
+        cases=len(known), spearman=float(stats.spearmanr(estimate, data.dice).statistic) if varied else None,
+        error=float(np.abs(estimate - data.dice).mean()), plain_error=float(np.abs(plain - data.dice).mean()),
+        coverage=float(np.concatenate(inside).mean()),
     )
 
 
-def estimate_quality(model: QualityModel, features: Features) -> tuple[float, float, float]:
-    """The likely Dice of a prediction, and the bounds of the interval."""
-    row = np.array([[features[name] for name in FEATURES]])
-    ridge = _Ridge(np.array(model.centres), np.array(model.scales), np.array(model.weights), model.intercept, model.volume_centre)
-    middle = float(ridge.predict(row)[0])
+def estimate_quality(model: QualityModel, case: CaseFeatures, own: str | None = None) -> tuple[float, float, float] | None:
+    """The likely Dice of a prediction, and the bounds of the interval; None where nothing was found."""
+    columns = columns_of(case, own)
+    if columns is None:
+        return None
+    centres, scales, deviations, weights = map(np.array, (model.centres, model.scales, model.deviations, model.weights))
+    middle = float(_Ridge(model.features, centres, scales, deviations, weights, model.intercept).predict([columns])[0])
     value, low, high = (float(special.expit(middle + shift)) for shift in (0.0, model.low, model.high))
     return value, low, high
 
 
-class _Ridge:
-    """A ridge regression on standardised features and the deviation of the volume."""
+def _features(structures: Sequence[str], cases: int) -> tuple[str, ...]:
+    """The columns that so many cases allow for."""
+    every = (*(f"{structure}: {name}" for structure in structures for name in FEATURES), MISSING)
+    return every if len(structures) > 1 and cases >= CASES_PER_FEATURE * len(every) else (*FEATURES, MISSING)
 
-    def __init__(self, centres: Floats, scales: Floats, weights: Floats, intercept: float, volume_centre: float) -> None:
-        self.centres, self.scales, self.weights = centres, scales, weights
-        self.intercept, self.volume_centre = intercept, volume_centre
+
+class _Data:
+    """Cases to regress on: their columns, Dice, and parts."""
+
+    def __init__(self, columns: Sequence[Features], dice: Floats, part: NDArray[np.intp]) -> None:
+        self.columns, self.dice, self.part = columns, dice, part
+        self.target: Floats = special.logit(np.clip(dice, *DICE_RANGE))
+
+    def only(self, keep: NDArray[np.bool_]) -> _Data:
+        """The cases where `keep`."""
+        return _Data([one for one, kept in zip(self.columns, keep, strict=True) if kept], self.dice[keep], self.part[keep])
+
+
+class _Ridge:
+    """A ridge regression on standardised features and the deviations of volumes."""
+
+    def __init__(
+        self, names: tuple[str, ...], centres: Floats, scales: Floats, deviations: Floats, weights: Floats, intercept: float,
+    ) -> None:
+        self.names, self.centres, self.scales, self.deviations = names, centres, scales, deviations
+        self.weights, self.intercept = weights, intercept
 
     @classmethod
-    def fit(cls, rows: Floats, target: Floats, penalty: float) -> _Ridge:
-        volume_centre = float(np.median(rows[:, FEATURES.index("log_volume")]))
-        columns = _columns(rows, volume_centre)
-        centres, scales = columns.mean(0), columns.std(0)
-        scales[scales < 1e-9] = 1.0
-        design = (columns - centres) / scales
-        middle = float(target.mean())
+    def fit(cls, data: _Data, names: tuple[str, ...], penalty: float) -> _Ridge:
+        """Fit the weights of the columns `names`."""
+        rows = np.array([[one[name] for name in names] for one in data.columns])
+        known = np.maximum(np.isfinite(rows).sum(0), 1)
+        centres = np.nansum(rows, 0) / known
+        scales = np.sqrt(np.nansum((rows - centres) ** 2, 0) / known)
+        scales[scales < _CONSTANT] = 1.0
+        middle = float(data.target.mean())
+        model = cls(names, centres, scales, np.zeros(sum(VOLUME in name for name in names)), np.zeros(0), middle)
+        model.deviations = model._design(data.columns)[:, len(names):].mean(0)
+        design = model._design(data.columns)
         normal = design.T @ design + penalty * np.eye(design.shape[1])
-        return cls(centres, scales, np.linalg.solve(normal, design.T @ (target - middle)), middle, volume_centre)
+        model.weights = np.linalg.solve(normal, design.T @ (data.target - middle)).astype(np.float64)
+        return model
 
-    def predict(self, rows: Floats) -> Floats:
-        """Logits of Dice; features are kept within four standard deviations, beyond which a line says nothing."""
-        design = np.clip((_columns(rows, self.volume_centre) - self.centres) / self.scales, -4, 4)
-        result: Floats = design @ self.weights + self.intercept
+    def _design(self, columns: Sequence[Features]) -> Floats:
+        """Features in standard deviations, at most four, beyond which a line says nothing; unknown ones are the mean."""
+        rows = np.array([[one[name] for name in self.names] for one in columns])
+        scaled = np.clip(np.nan_to_num((rows - self.centres) / self.scales), -4, 4)
+        volumes = np.abs(scaled[:, [VOLUME in name for name in self.names]])
+        design: Floats = np.hstack([scaled, volumes - self.deviations])
+        return design
+
+    def predict(self, columns: Sequence[Features]) -> Floats:
+        """Logits of Dice."""
+        result: Floats = self._design(columns) @ self.weights + self.intercept
         return result
 
 
-def _columns(rows: Floats, volume_centre: float) -> Floats:
-    return np.column_stack([rows, np.abs(rows[:, FEATURES.index("log_volume")] - volume_centre)])
-
-
-def _best_penalty(rows: Floats, target: Floats, part: NDArray[np.intp]) -> float:
+def _penalty(data: _Data, names: tuple[str, ...]) -> float:
     """The penalty with the smallest absolute error when each part is predicted from the others; the strongest without parts."""
-    numbers = np.unique(part)
+    numbers = np.unique(data.part)
     if len(numbers) < 2:
         return PENALTIES[-1]
+    pairs = [(data.only(data.part != n), data.only(data.part == n)) for n in numbers]
     errors = []
     for penalty in PENALTIES:
-        misses = [
-            np.abs(_Ridge.fit(rows[part != n], target[part != n], penalty).predict(rows[part == n]) - target[part == n])
-            for n in numbers
-        ]
+        misses = [np.abs(_Ridge.fit(rest, names, penalty).predict(out.columns) - out.target) for rest, out in pairs]
         errors.append(float(np.concatenate(misses).mean()))
     return PENALTIES[int(np.argmin(errors))]
 

@@ -85,10 +85,10 @@ class _Recent(Generic[T]):
 class _Source:
     """Logits of one member, given as rows of planes on the cropped image grid, classes last."""
 
-    def __init__(self, logits_czyx: Tensor, placement: Placement) -> None:
+    def __init__(self, logits_czyx: Tensor, placement: Placement, half: bool = False) -> None:
         if logits_czyx.ndim != 4 or tuple(logits_czyx.shape[1:]) != tuple(placement.shape):
             raise ValueError(f"expected logits of shape (C, *{placement.shape}), found {tuple(logits_czyx.shape)}")
-        self.logits = logits_czyx.detach()
+        self.logits, self.half = logits_czyx.detach(), half
         self.size = placement.cropped_shape
         coarse = separate_axis(placement.spacing_zyx_mm, placement.cropped_spacing_zyx_mm)
         pairs = enumerate(zip(placement.shape, self.size, strict=True))
@@ -104,6 +104,10 @@ class _Source:
     def on_cpu(self) -> bool:
         """Whether the logits lie in main memory."""
         return self.logits.device.type == "cpu"
+
+    def decide(self, values: Tensor, regions: Regions) -> NDArray[np.integer]:
+        """Return the decision for interpolated logits, classes last."""
+        return _decide_rows(values.half().float() if self.half else values, regions, 0.0)
 
     def block(self, rows: slice, regions: Regions) -> _Block:
         """Return the planes cut to `rows` of the cropped image grid."""
@@ -130,7 +134,7 @@ class _Block:
 
     def coarse(self, z: int) -> NDArray[np.integer]:
         """Decision at each voxel of source plane z."""
-        return self._decisions.get(z, lambda k: _decide_rows(self.plane(k), self.regions, 0.0))
+        return self._decisions.get(z, lambda k: self.source.decide(self.plane(k), self.regions))
 
     def _load(self, z: int) -> Tensor:
         plane = self.source.logits[:, z, self.rows.start:self.rows.stop, self.source.columns.start:self.source.columns.stop]
@@ -159,14 +163,14 @@ class _Block:
         rows, columns = self.rows.low.numpy(), self.source.columns.low.numpy()
         places = np.flatnonzero(mixed[rows][:, columns])
         if len(places) > _DENSE_FROM * len(rows) * len(columns):
-            return _decide_rows(self.dense(z), self.regions, 0.0)
+            return self.source.decide(self.dense(z), self.regions)
         result: NDArray[np.integer] = np.ascontiguousarray(near[rows][:, columns])
         if len(places):
             y, x = np.divmod(places, len(columns))
             values = self._at(low, y, x)
             if weight:
                 values = torch.lerp(values, self._at(high, y, x), weight)
-            result.reshape(-1)[places] = _decide_rows(values, self.regions, 0.0)
+            result.reshape(-1)[places] = self.source.decide(values, self.regions)
         return result
 
     def _at(self, z: int, y: NDArray[np.intp], x: NDArray[np.intp]) -> Tensor:
@@ -227,7 +231,7 @@ def _blocks(members: Sequence[_Source]) -> list[slice]:
 @torch.no_grad()
 def restore_ensemble(
     members: Sequence[tuple[Tensor, Placement]], region_values: Regions = None, with_probabilities: bool = False,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[float] | None = None, half: bool = False,
 ) -> tuple[NDArray[np.integer], NDArray[np.float32] | None]:
     """Return labels (inside indices, uint8 or int16, z y x) on the stored grid, and float32 (C, z, y, x) probabilities if asked.
 
@@ -235,14 +239,15 @@ def restore_ensemble(
     and plan (same crop), and their spacings may differ. Several members are averaged as probabilities after interpolation,
     each counted by its positive number in `weights` (equal ones when None; they need not add up to 1).
     `region_values` None: softmax and the largest class; else sigmoid, and region i writes `region_values[i]` where it exceeds
-    0.5, later regions over earlier ones. Outside the crop background is certain.
+    0.5, later regions over earlier ones. Outside the crop background is certain. With `half` interpolated logits of a single
+    member are rounded to float16 before the largest is taken, of equal ones the first, as nnU-Net does.
     Raises ValueError when members or weights do not fit.
     """
     placement = members[0][1]
     shares = _shares(len(members), weights)
     if any(not _same_crop(placement, other) for _, other in members[1:]):
         raise ValueError("members of an ensemble must share one crop of one image")
-    sources = [_Source(logits, own) for logits, own in members]
+    sources = [_Source(logits, own, half) for logits, own in members]
     classes = sources[0].classes
     if any(source.classes != classes for source in sources) or (region_values is not None and len(region_values) != classes):
         raise ValueError(f"members and regions must agree in classes, found {[s.classes for s in sources]} and {region_values}")
@@ -280,10 +285,10 @@ def _combined(
     """Return the decision for output plane z of some rows, and the mean probabilities (rows, columns, classes) if they exist."""
     if len(blocks) == 1 and not with_probabilities:
         block = blocks[0]
-        return (block.labels(z) if block.source.on_cpu else _decide_rows(block.dense(z), regions, 0.0)), None
+        return (block.labels(z) if block.source.on_cpu else block.source.decide(block.dense(z), regions)), None
     if len(blocks) == 1:
         values = blocks[0].dense(z)
-        return _decide_rows(values, regions, 0.0), _probabilities(values, regions)
+        return blocks[0].source.decide(values, regions), _probabilities(values, regions)
     mean = shares[0] * _probabilities(blocks[0].dense(z), regions)
     for block, share in zip(blocks[1:], shares[1:], strict=True):
         mean = mean + share * _probabilities(block.dense(z), regions).to(mean.device)

@@ -60,6 +60,13 @@ def gaussian_weight(patch: tuple[int, int, int]) -> torch.Tensor:
     return weight[0]  # at the corners exp(-24), far from where float32 ends
 
 
+@lru_cache(maxsize=16)
+def half_weight(patch: tuple[int, int, int]) -> torch.Tensor:
+    """The same Gaussian as nnU-Net keeps it: float16, peak 10, nowhere zero."""
+    weight = (10 * gaussian_weight(patch)).half()
+    return weight.clamp_min(weight[weight > 0].min().item())
+
+
 def sliding_window(
     image: torch.Tensor,
     tiling: Tiling,
@@ -67,6 +74,7 @@ def sliding_window(
     batch: int,
     advance: Callable[[int], None] = lambda n: None,
     store: torch.device | None = None,
+    half: bool = False,
 ) -> torch.Tensor:
     """Blend the logits of all tiles.
 
@@ -77,18 +85,19 @@ def sliding_window(
         batch: tiles at once.
         advance: called with the number of tiles done.
         store: where logits are collected; the image's device unless given.
+        half: collect them in float16, rounding after every tile, as nnU-Net does.
 
     Returns:
-        logits (classes, z, y, x) float32 of `tiling.shape`, on `store`.
+        logits (classes, z, y, x) float32 (float16 with `half`) of `tiling.shape`, on `store`.
     """
     padding = [
         p for b, s, t in reversed(list(zip(tiling.before, tiling.shape, tiling.padded, strict=True))) for p in (b, t - s - b)
     ]
     padded = torch.nn.functional.pad(image, padding) if any(padding) else image
     store = image.device if store is None else store
-    weight = gaussian_weight(tiling.patch).to(store)
+    weight = (half_weight(tiling.patch) if half else gaussian_weight(tiling.patch)).to(store)
     total: torch.Tensor | None = None
-    norm = torch.zeros(tiling.padded, device=store)
+    norm = torch.zeros(tiling.padded, device=store, dtype=weight.dtype)
     for first in range(0, len(tiling.starts), batch):
         boxes = [
             tuple(slice(s, s + p) for s, p in zip(start, tiling.patch, strict=True))
@@ -96,7 +105,7 @@ def sliding_window(
         ]
         logits = forward(torch.stack([padded[(slice(None), *box)] for box in boxes]))
         if total is None:
-            total = torch.zeros(logits.shape[1], *tiling.padded, device=store)
+            total = torch.zeros(logits.shape[1], *tiling.padded, device=store, dtype=weight.dtype)
         for tile, box in zip(logits.to(store), boxes, strict=True):
             total[(slice(None), *box)] += tile.float() * weight
             norm[box] += weight

@@ -56,6 +56,9 @@ def select(
         bool, typer.Option("--masks-only", help="Compare the validation masks there are; no ensembles, no thresholds.")
     ] = False,
     crf: Annotated[bool, typer.Option("--crf", help="Also try a dense CRF as post-processing (slow).")] = False,
+    trust: Annotated[
+        bool, typer.Option("--trust/--no-trust", help="Then measure how far predictions can be trusted (predicts once more).")
+    ] = True,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
     threads: ThreadsOption = None,
@@ -65,13 +68,19 @@ def select(
     from autoseg.stages.select import Options
     from autoseg.stages.select import select as run_select
     from autoseg.stages.summary import describe_selection
+    from autoseg.stages.trust import calibrate, describe_trust
 
     compute_threads()
     options = Options(not masks_only, crf, device, precision)
-    selection = run_select(Workspace(work).require(), reporter, max(1, reading_threads(threads)), options)
+    workspace = Workspace(work).require()
+    selection = run_select(workspace, reporter, max(1, reading_threads(threads)), options)
     facts, table = describe_selection(selection)
     print_table(table, "candidates")
     out.print("\n".join(facts), markup=False)
+    if trust and not masks_only:
+        facts, table = describe_trust(calibrate(workspace, reporter, device, precision))
+        print_table(table, "trust")
+        out.print("\n".join(facts), markup=False)
 
 
 @app.command()

@@ -8,13 +8,13 @@ from typing import Annotated
 import typer
 
 from autoseg.cli.app import (
-    STARTED,
     ConfigOption,
     DeviceOption,
     PrecisionOption,
     ThreadsOption,
     WorkArgument,
     app,
+    clock,
     compute_threads,
     fold_numbers,
     interrupts,
@@ -60,7 +60,7 @@ def train(
     workspace = Workspace(work).require()
     planned = None if sized else workspace.plan().time_budget_s
     options = Options(device, threads, restart, sized, planned if time_budget is None else parse_duration(time_budget))
-    run_train(workspace, config, fold_numbers(folds), name, spec, options, reporter, interrupts, STARTED)
+    run_train(workspace, config, fold_numbers(folds), name, spec, options, reporter, interrupts, clock["started"])
 
 
 @app.command()
@@ -71,6 +71,7 @@ def predict(
     folds: Annotated[str, typer.Option(help="all, or numbers like 0,1.")] = "all",
     mirror: Annotated[bool, typer.Option("--mirror/--no-mirror", help="Average over mirrored copies.")] = True,
     probabilities: Annotated[bool, typer.Option("--probabilities", help="Also write probabilities.")] = False,
+    uncertainty: Annotated[bool, typer.Option("--uncertainty", help="Also write maps of entropy and disagreement.")] = False,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Predict finished cases again.")] = False,
@@ -84,7 +85,8 @@ def predict(
     workspace = Workspace(model).require()
     cases = read_inputs(inputs, channels=len(workspace.plan().channels))
     chosen_folds = fold_numbers(folds)
-    options = Options(None if chosen_folds is None else tuple(chosen_folds), device, precision, mirror, probabilities, overwrite)
+    wanted = None if chosen_folds is None else tuple(chosen_folds)
+    options = Options(wanted, device, precision, mirror, probabilities, overwrite, uncertainty)
     compute_threads()
     run_predict(workspace, cases, masks, options, reporter)
     out.print(f"masks of {len(cases)} case(s): {masks}", markup=False)

@@ -133,7 +133,7 @@ def explain(
     what_if: Annotated[
         str | None, typer.Option("--what-if", help="Memory budgets in GB, like 4,8,24: the plan with each.")
     ] = None,
-    measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Measure steps here for the times of --what-if.")] = True,
+    measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Measure steps here, for --what-if.")] = True,
     device: DeviceOption = "auto",
 ) -> None:
     """Tell the plan in words: every number with its rule and the data it was applied to."""

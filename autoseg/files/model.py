@@ -244,11 +244,26 @@ def _require_steps(record: ModelRecord) -> None:
         if step.kind not in POSTPROCESSING:
             raise ValueError(f"postprocessing.{index}: unknown step {step.kind[:60]!r}; known are {', '.join(POSTPROCESSING)}")
         try:
-            POSTPROCESSING[step.kind].options.model_validate(step.options)
+            options = POSTPROCESSING[step.kind].options.model_validate(step.options)
         except ValidationError as error:
             first = error.errors()[0]
             spot = ".".join(map(str, first["loc"]))
             raise ValueError(f"postprocessing.{index}.options.{spot}: {first['msg']}") from None
+        _require_known_labels(f"postprocessing.{index}.options", options, record)
+
+
+def _require_known_labels(where: str, options: Any, record: ModelRecord) -> None:
+    """Labels, outputs and channels that a step names must be there."""
+    count = len(record.labels.foreground)
+    for name in ("labels", "regions"):
+        values = getattr(options, name, None) or ()
+        if not all(1 <= value <= count for value in values):
+            raise ValueError(f"{where}.{name}: expected numbers of labels from 1 to {count}, found {str(values)[:80]}")
+    outputs = record.labels.output_count
+    if len(getattr(options, "values", ())) not in (0, outputs):
+        raise ValueError(f"{where}.values: expected {outputs} thresholds, one for each output, found {len(options.values)}")
+    if not 0 <= getattr(options, "channel", 0) < len(record.channels):
+        raise ValueError(f"{where}.channel: expected 0 to {len(record.channels) - 1}, found {options.channel}")
 
 
 def _places(archive: Archive, record: ModelRecord, name: str) -> dict[str, TensorPlace]:

@@ -77,7 +77,7 @@ class Checkpoint:
     """What a checkpoint holds: plain values, with a `TensorEntry` for every tensor and `Opaque` for what is not looked into."""
 
     path: Path
-    values: Mapping[Any, Any]
+    values: Mapping[Any, Any] = field(repr=False)  # what refers to itself many times over would print without end
 
     def tensors(self, entries: Mapping[str, TensorEntry]) -> dict[str, NDArray[Any]]:
         """Read tensors by name, as arrays that share memory where they share it in the file; bfloat16 becomes float32.
@@ -185,7 +185,7 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _SKIPPED = frozenset({"PROTO", "FRAME"})
 
 
-@dataclass
+@dataclass(repr=False)
 class _Machine:
     """A stack machine for the opcodes that plain values, tensors and inert objects need."""
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Literal, NamedTuple
 
 from autoseg.errors import PlanError
 from autoseg.types.plan import Configuration, Ints
@@ -12,8 +13,7 @@ from autoseg.types.plan import Configuration, Ints
 Op = Literal["input", "conv", "up", "concat", "pool", "add", "head"]
 
 
-@dataclass(frozen=True)
-class Node:
+class Node(NamedTuple):
     """One operation. `scale` is the cumulative stride of its output against the patch, `stage` its resolution stage.
 
     Nodes of one `block` follow one another and are computed again together where activations are checkpointed.
@@ -62,6 +62,18 @@ class Segment:
     recompute: bool = False
 
 
+class _Layout(NamedTuple):
+    """What of a configuration its nodes follow from."""
+
+    kind: str
+    dims: int
+    strides: tuple[Ints, ...]
+    kernel_sizes: tuple[Ints, ...]
+    features_per_stage: Ints
+    blocks_per_stage: Ints
+    decoder_blocks_per_stage: Ints
+
+
 @dataclass
 class _Sketch:
     """Collects nodes while a network is described; each belongs to the block that was begun last."""
@@ -74,7 +86,7 @@ class _Sketch:
         self.stage, self.block = stage, block
 
     def add(self, node: Node) -> Node:
-        self.nodes.append(replace(node, stage=self.stage, block=self.block))
+        self.nodes.append(node._replace(stage=self.stage, block=self.block))
         return self.nodes[-1]
 
 
@@ -84,38 +96,40 @@ def describe(configuration: Configuration, input_channels: int, output_channels:
     Raises:
         PlanError: unknown network kind.
     """
-    kinds: dict[str, Callable[[_Sketch, Configuration, Node], list[Node]]] = {
-        "unet": _plain_encoder,
-        "residual-unet": _residual_encoder,
-    }
-    kind = configuration.network.kind
-    if kind not in kinds:
-        raise PlanError(f"unknown network {kind!r}; choose from {', '.join(kinds)}")
-    if configuration.network.options:
-        raise PlanError(f"network {kind!r} takes no options, found {', '.join(configuration.network.options)}")
+    kind, made = configuration.network.kind, configuration
+    if kind not in ENCODERS:
+        raise PlanError(f"unknown network {kind!r}; choose from {', '.join(ENCODERS)}")
+    if made.network.options:
+        raise PlanError(f"network {kind!r} takes no options, found {', '.join(made.network.options)}")
+    layout = _Layout(kind, made.dims, made.strides, made.kernel_sizes, made.features_per_stage, made.blocks_per_stage,
+                     made.decoder_blocks_per_stage)
+    nodes, heads = _nodes(layout, input_channels, output_channels)
+    return Description(made.dims, input_channels, output_channels, nodes, heads, made.checkpointing)
+
+
+@lru_cache(maxsize=128)
+def _nodes(layout: _Layout, input_channels: int, output_channels: int) -> tuple[tuple[Node, ...], tuple[str, ...]]:
+    """The nodes and the heads, the same objects each time: whoever goes through budgets asks for few networks many times."""
     sketch = _Sketch()
-    ones = (1,) * configuration.dims
-    start = sketch.add(Node("input", "input", (), input_channels, ones))
-    skips = kinds[kind](sketch, configuration, start)
-    heads = _decoder(sketch, configuration, skips, output_channels)
-    return Description(
-        configuration.dims, input_channels, output_channels, tuple(sketch.nodes), tuple(heads), configuration.checkpointing
-    )
+    start = sketch.add(Node("input", "input", (), input_channels, (1,) * layout.dims))
+    skips = ENCODERS[layout.kind](sketch, layout, start)
+    heads = _decoder(sketch, layout, skips, output_channels)
+    return tuple(sketch.nodes), tuple(heads)
 
 
 def _scaled(scale: Ints, stride: Ints) -> Ints:
     return tuple(a * b for a, b in zip(scale, stride, strict=True))
 
 
-def _plain_encoder(sketch: _Sketch, configuration: Configuration, node: Node) -> list[Node]:
+def _plain_encoder(sketch: _Sketch, layout: _Layout, node: Node) -> list[Node]:
     """Stages of convolution units; the first unit of a stage carries its stride (nnU-Net's PlainConvUNet)."""
     skips = []
-    ones = (1,) * configuration.dims
-    for stage, features in enumerate(configuration.features_per_stage):
-        kernel = configuration.kernel_sizes[stage]
+    ones = (1,) * layout.dims
+    for stage, features in enumerate(layout.features_per_stage):
+        kernel = layout.kernel_sizes[stage]
         sketch.begin(stage, f"encoder_{stage}")
-        for block in range(configuration.blocks_per_stage[stage]):
-            stride = configuration.strides[stage] if block == 0 else ones
+        for block in range(layout.blocks_per_stage[stage]):
+            stride = layout.strides[stage] if block == 0 else ones
             node = sketch.add(
                 Node(f"encoder_{stage}_{block}", "conv", (node.name,), features, _scaled(node.scale, stride), kernel, stride)
             )
@@ -123,18 +137,18 @@ def _plain_encoder(sketch: _Sketch, configuration: Configuration, node: Node) ->
     return skips
 
 
-def _residual_encoder(sketch: _Sketch, configuration: Configuration, node: Node) -> list[Node]:
+def _residual_encoder(sketch: _Sketch, layout: _Layout, node: Node) -> list[Node]:
     """A stem, then stages of residual blocks of two convolutions; the skip is average pooling and 1x1 convolution (ResNet-D)."""
     skips = []
-    ones = (1,) * configuration.dims
+    ones = (1,) * layout.dims
     sketch.begin(0, "encoder_0_0")
     node = sketch.add(
-        Node("stem", "conv", (node.name,), configuration.features_per_stage[0], node.scale, configuration.kernel_sizes[0], ones)
+        Node("stem", "conv", (node.name,), layout.features_per_stage[0], node.scale, layout.kernel_sizes[0], ones)
     )
-    for stage, features in enumerate(configuration.features_per_stage):
-        kernel = configuration.kernel_sizes[stage]
-        for block in range(configuration.blocks_per_stage[stage]):
-            stride = configuration.strides[stage] if block == 0 else ones
+    for stage, features in enumerate(layout.features_per_stage):
+        kernel = layout.kernel_sizes[stage]
+        for block in range(layout.blocks_per_stage[stage]):
+            stride = layout.strides[stage] if block == 0 else ones
             scale, name, source = _scaled(node.scale, stride), f"encoder_{stage}_{block}", node
             sketch.begin(stage, name)
             first = sketch.add(Node(f"{name}_a", "conv", (source.name,), features, scale, kernel, stride))
@@ -152,20 +166,23 @@ def _residual_encoder(sketch: _Sketch, configuration: Configuration, node: Node)
     return skips
 
 
-def _decoder(sketch: _Sketch, configuration: Configuration, skips: list[Node], output_channels: int) -> list[str]:
+def _decoder(sketch: _Sketch, layout: _Layout, skips: list[Node], output_channels: int) -> list[str]:
     """Up-sample, concatenate the skip, convolve; a head at every level. Returns the heads, finest first."""
     node, heads = skips[-1], []
-    ones = (1,) * configuration.dims
+    ones = (1,) * layout.dims
     for stage in range(len(skips) - 2, -1, -1):
-        skip, stride, kernel = skips[stage], configuration.strides[stage + 1], configuration.kernel_sizes[stage]
+        skip, stride, kernel = skips[stage], layout.strides[stage + 1], layout.kernel_sizes[stage]
         sketch.begin(stage, f"decoder_{stage}_0")
         node = sketch.add(Node(f"up_{stage}", "up", (node.name,), skip.channels, skip.scale, stride, stride))
         node = sketch.add(Node(f"concat_{stage}", "concat", (node.name, skip.name), 2 * skip.channels, skip.scale))
-        for block in range(configuration.decoder_blocks_per_stage[stage]):
+        for block in range(layout.decoder_blocks_per_stage[stage]):
             sketch.begin(stage, f"decoder_{stage}_{block}")
             node = sketch.add(Node(f"decoder_{stage}_{block}", "conv", (node.name,), skip.channels, skip.scale, kernel, ones))
         heads.append(sketch.add(Node(f"head_{stage}", "head", (node.name,), output_channels, skip.scale, ones, ones)).name)
     return heads[::-1]
+
+
+ENCODERS: dict[str, Callable[[_Sketch, _Layout, Node], list[Node]]] = {"unet": _plain_encoder, "residual-unet": _residual_encoder}
 
 
 def segments(description: Description, head_count: int, checkpointing: int = 0) -> list[Segment]:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
-from autoseg.networks.describe import Description, describe, segments
-from autoseg.networks.timeline import FLOAT, Playback, Setting, weights_of
+from autoseg.networks.describe import Description, Node, describe, segments
+from autoseg.networks.timeline import FLOAT, Setting, play, weights_of
 from autoseg.types.plan import Configuration, Ints
 
 Precision = Literal["bf16", "fp16", "fp32"]
@@ -52,16 +53,11 @@ def training_memory(
     description = describe(configuration, input_channels, output_channels)
     batch = configuration.batch_size if batch_size is None else batch_size
     heads = _trained(description)
-    setting = Setting(configuration.patch_size, batch, ITEMSIZE[precision], device == "cpu", heads, regions, ignore)
-    play = Playback(description, setting)
-    play.forward()
-    saved = play.kept_bytes()
-    play.loss()
-    loss = play.kept_bytes() - saved
-    play.backward()
+    setting = Setting(ITEMSIZE[precision], device == "cpu", heads, regions, ignore)
+    saved, kept, peak = play(description, setting, configuration.patch_size, batch)
     weights = parameters(description) * FLOAT
     states = OPTIMIZER_STATES.get(optimizer, 0)
-    return Memory(weights, weights, weights * states, saved, loss, play.storages.peak - saved - loss)
+    return Memory(weights, weights, weights * states, saved, kept - saved, peak - kept)
 
 
 def saved_bytes(
@@ -70,9 +66,7 @@ def saved_bytes(
 ) -> int:
     """Bytes that autograd keeps of the network's forward pass, parameters apart; `heads`: all but the coarsest unless given."""
     described = replace(description, checkpointing=checkpointing)
-    play = Playback(described, Setting(patch, batch, ITEMSIZE[precision], device == "cpu", heads or _trained(description)))
-    play.forward()
-    return play.kept_bytes()
+    return play(described, Setting(ITEMSIZE[precision], device == "cpu", heads or _trained(description)), patch, batch).saved
 
 
 def inference_memory(
@@ -83,19 +77,24 @@ def inference_memory(
     `loss` is 0; `workspace` holds activations, and the float32 logits of a tile, flipped, and their sum over mirrorings.
     """
     description = describe(configuration, input_channels, output_channels)
-    play = Playback(description, Setting(configuration.patch_size, tiles, ITEMSIZE[precision], False, heads=1), training=False)
-    play.forward()
+    setting = Setting(ITEMSIZE[precision], cpu=False, heads=1, training=False)
+    peak = play(description, setting, configuration.patch_size, tiles).peak
     weights = parameters(description)
     copies = weights * ITEMSIZE[precision] if precision != "fp32" else 0  # autocast keeps them until the end of the pass
     logits = math.prod(configuration.patch_size) * tiles * output_channels * FLOAT
-    return Memory(weights * FLOAT, 0, 0, 0, 0, copies + max(play.storages.peak + logits, 3 * logits))
+    return Memory(weights * FLOAT, 0, 0, 0, 0, copies + max(peak + logits, 3 * logits))
 
 
 def parameters(description: Description) -> int:
     """Parameters of the network, weights and biases."""
-    channels = {node.name: node.channels for node in description.nodes}
+    return _parameters(description.nodes)
+
+
+@lru_cache(maxsize=128)
+def _parameters(nodes: tuple[Node, ...]) -> int:
+    channels = {node.name: node.channels for node in nodes}
     total = 0
-    for node in description.nodes:
+    for node in nodes:
         weights = weights_of(node, channels[node.inputs[0]]) if node.inputs else 0
         biases = node.channels if weights and node.bias else 0
         total += weights + biases + (2 * node.channels if node.op == "conv" and node.norm else 0)

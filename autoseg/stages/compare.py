@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from autoseg.arrays.intervals import mean_intervals
 from autoseg.arrays.statistics import holm, paired_difference, ranking_stability
-from autoseg.datasets.splits import groups_from_names
 from autoseg.errors import DatasetError
 from autoseg.files.workspace import Workspace, save_record
 from autoseg.logs import SILENT, Reporter
@@ -62,7 +61,7 @@ def compare(
     """
     found = find_sources(sources)
     truth = _truth(found, reference)
-    common = [case for case in truth.masks if all(case in one.masks for one in found)]
+    common = [case for case in sorted(truth.masks) if all(case in one.masks for one in found)]
     if not common:
         counts = ", ".join(f"{one.name} {len(one.masks)}" for one in found)
         raise DatasetError(f"no case is common to all: references {len(truth.masks)}, {counts}; files belong together by name")
@@ -73,7 +72,7 @@ def compare(
         for one in found
     ]
     tables = _tables(reports, common)
-    patients = _patients(truth, common)
+    patients = [case.patient or case.case for case in reports[0].cases]
     comparison = Comparison(
         contenders=tuple(_contender(i, one, tables, patients) for i, one in enumerate(found)),
         reference=str(reference or next(one.path for one in found if one.references is not None)), cases=tuple(common),
@@ -145,12 +144,6 @@ def _truth(found: Sequence[Source], reference: Path | None) -> References:
         if one.references is not None:
             return one.references
     raise DatasetError("none of these is a work folder, so the references are not known; give them: --reference DIR")
-
-
-def _patients(truth: References, cases: Sequence[str]) -> list[str]:
-    known = {case.case: case.group or case.case for case in truth.cases}
-    names = {} if known else groups_from_names(cases) or {}
-    return [known.get(case) or names.get(case) or case for case in cases]
 
 
 def _tables(reports: Sequence[Report], cases: Sequence[str]) -> Tables:

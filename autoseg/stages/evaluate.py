@@ -27,14 +27,14 @@ Masks = Path | Mapping[str, Path]
 Ints = NDArray[np.integer]
 Pair = tuple[str, Path, Path]
 Outcome = tuple[str, CaseMetrics | AutosegError]
-PROBABILITIES = "_probabilities"  # predict writes these beside the masks
+MAPS = ("_probabilities", "_uncertainty")  # what `predict` may write beside a mask
 LISTED = 20  # faults and names listed in one message
 SHOWN = ("dice", "sensitivity", "precision", "hd95", "assd", "nsd", "volume_error", "lesion_f1")  # in the printed table
 EXPLAINED = ("lesion", "surface", "mean", "empty", "intervals")
 
 
 def find_masks(masks: Masks) -> dict[str, Path]:
-    """Mask files by case name, sorted; a folder's cases are its image files without their ending, probabilities left out.
+    """Mask files by case name, sorted; a folder's cases are its image files without their ending, maps beside them left out.
 
     Raises DatasetError when the folder does not exist or holds one case under two endings.
     """
@@ -47,7 +47,7 @@ def find_masks(masks: Masks) -> dict[str, Path]:
         if path.name.startswith(".") or not path.is_file() or not path.name.lower().endswith(tuple(ENDINGS)):
             continue
         case, _ = split_ending(path.name)
-        if case.endswith(PROBABILITIES):
+        if case.endswith(MAPS):
             continue
         if case in found:
             raise DatasetError(f"{masks} holds case {case} twice: {found[case].name} and {path.name}; keep one of them")

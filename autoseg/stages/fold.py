@@ -11,6 +11,7 @@ from autoseg.files.runs import RunFolder
 from autoseg.interrupts import Interrupts
 from autoseg.logs import Reporter
 from autoseg.stages.figures import progress_figure
+from autoseg.stages.midway import Midway
 from autoseg.types.run import EpochRecord, RunRecord
 
 if TYPE_CHECKING:
@@ -24,9 +25,11 @@ Adjust = Callable[["Training"], int | None]  # after an epoch: the new length of
 
 def train_fold(
     job: Job, folder: RunFolder, record: RunRecord, reporter: Reporter, interrupts: Interrupts,
-    adjust: Adjust = lambda training: None,
+    adjust: Adjust = lambda training: None, watch: Midway | None = None,
 ) -> None:
     """Train to the end, going on from the last checkpoint, or from finished weights when the run is made longer.
+
+    After each epoch `watch` may look at whole cases, and `adjust` may change the length.
 
     Raises:
         RunError: the data changed since training began, memory does not even suffice for one patch, or the loss is not finite.
@@ -47,7 +50,7 @@ def train_fold(
     elif begun:
         reporter.info(f"{name}: going on from step {training.step} of {job.spec.total_steps}")
     folder.save_record(record)
-    log = _Log(training, folder, epochs)
+    log = _Log(training, folder, epochs, watch)
     micro_batch = training.micro_batch
     with interrupts.deferred(), reporter.task(name, job.spec.total_steps, "steps") as task:
         task.advance(training.step, log.note())
@@ -66,6 +69,8 @@ def train_fold(
         try:
             for epoch in training.run(after_step):
                 log.add(epoch)
+                if watch is not None:
+                    watch.after_epoch(training, log.epochs, reporter)
                 length = adjust(training)
                 if length is not None and length != training.job.spec.epochs:
                     training.set_length(length)
@@ -110,8 +115,8 @@ def _go_on(training: Training, folder: RunFolder, record: RunRecord, name: str) 
 class _Log:
     """Keeps the metrics, the picture and the checkpoints of one fold up to date."""
 
-    def __init__(self, training: Training, folder: RunFolder, epochs: list[EpochRecord]) -> None:
-        self.training, self.folder, self.epochs = training, folder, epochs
+    def __init__(self, training: Training, folder: RunFolder, epochs: list[EpochRecord], watch: Midway | None) -> None:
+        self.training, self.folder, self.epochs, self.watch = training, folder, epochs, watch
         self._saved = self._drawn = time.monotonic()
         self._cost = 0.0
 
@@ -122,7 +127,8 @@ class _Log:
             self.draw()
 
     def draw(self) -> None:
-        progress_figure(self.folder.path / "progress.png", [e.model_dump() for e in self.epochs])
+        looks = [look.model_dump() for look in self.watch.records] if self.watch is not None else []
+        progress_figure(self.folder.path / "progress.png", [e.model_dump() for e in self.epochs], looks)
         self._drawn = time.monotonic()
 
     def checkpoint(self) -> None:

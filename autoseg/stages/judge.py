@@ -16,6 +16,7 @@ from autoseg.files.preprocessed import digest
 from autoseg.files.workspace import Workspace, load_record
 from autoseg.logs import Reporter
 from autoseg.types.case import Image, Placement
+from autoseg.types.geometry import NO_DEPTH_MM, Vector
 from autoseg.types.selection import Selection
 from autoseg.types.trust import CaseNumbers, Trust
 
@@ -81,19 +82,17 @@ class Judge:
         `quality` (likely foreground mean Dice) with the bounds of its interval, `quality_<structure>`, `unusual` in words, and
         `entropy`: bits per voxel of the structures found, as single networks say.
         """
-        from autoseg.arrays.quality import estimate_quality, mean_entropy, mean_features
+        from autoseg.arrays.quality import estimate_quality, mean_entropy
 
         features = prediction_features(model, placements, logits)
         row = dict.fromkeys(["quality", "quality_low", "quality_high"], "")
-        models = {"": (self.trust.quality_mean, mean_features(features))}
-        models |= {f"_{name}": (self.trust.quality.get(name), found) for name, found in features.items()}
-        for name, (regression, found) in models.items():
-            if regression is None:
-                continue
-            estimate = None if found is None or not self._comparable(model) else estimate_quality(regression, found)
-            row[f"quality{name}"] = "" if estimate is None else f"{estimate[0]:.3f}"
-            if not name and estimate is not None:
-                row["quality_low"], row["quality_high"] = f"{estimate[1]:.3f}", f"{estimate[2]:.3f}"
+        comparable = self._comparable(model)
+        if self.trust.quality_mean is not None and comparable:
+            found = estimate_quality(self.trust.quality_mean, features)
+            row |= zip(row, (f"{value:.3f}" for value in found), strict=True) if found else {}
+        for name, regression in self.trust.quality.items():
+            found = estimate_quality(regression, features, name) if comparable else None
+            row[f"quality_{name}"] = f"{found[0]:.3f}" if found else ""
         case = combined(image, describe_mask(label_zyx, placements[0].stored, model.labels))
         entropy = mean_entropy(features)
         row["unusual"] = "; ".join(unusual(case, self.trust.training))
@@ -130,8 +129,15 @@ def _member_features(model: Model, member: Member, placement: Placement, logits:
         place = index if labels.regions else index + 1
         mask: NDArray[np.bool_] = decision[place] > 0 if labels.regions else decision == place
         sums = (float(everywhere[place]), float(own[place]))
-        found[name] = target_features(mask, entropy, disagreement, sums, voxel_ml, member.configuration.dims == 2)
+        flat = member.configuration.dims == 2
+        found[name] = target_features(mask, entropy, disagreement, sums, voxel_ml, _spacing(placement), flat)
     return found
+
+
+def _spacing(placement: Placement) -> Vector:
+    """Spacing of the preprocessed grid in mm; slices of a picture count as 1 mm."""
+    z, y, x = placement.spacing_zyx_mm
+    return (z if z < NO_DEPTH_MM else 1.0, y if y < NO_DEPTH_MM else 1.0, x if x < NO_DEPTH_MM else 1.0)
 
 
 def _voxel_ml(placement: Placement) -> float:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autoseg.errors import RunError
 from autoseg.files.model import ModelFile, describe_run, open_model_file
+from autoseg.files.workspace import Workspace
+from autoseg.logs import SILENT
+from autoseg.stages.judge import Judge, find_judge, trust_path
 from autoseg.types.model import part_name
+from autoseg.types.trust import TrainingCases
 
 if TYPE_CHECKING:
     import torch
@@ -26,9 +30,6 @@ def load(path: Path, options: Options) -> Model:
     Raises:
         RecordError: neither of the two; RunError: nothing trained, or the device cannot be used.
     """
-    from autoseg.files.workspace import Workspace
-    from autoseg.logs import SILENT
-    from autoseg.stages.judge import find_judge, trust_path
     from autoseg.stages.predict import chosen, load_model, network_hashes
 
     if not path.is_dir():
@@ -63,7 +64,7 @@ def model_of(file: ModelFile, options: Options) -> Model:
     made: dict[str, Member] = {}
     tensors = file.read(_wanted_parts(file, options.folds))
     members = [
-        dataclasses.replace(
+        replace(
             _member(file, one.run, options.folds, tensors, made), weight=one.weight, temperature=temperatures.get(one.run, 1.0)
         )
         for one in record.members
@@ -93,6 +94,29 @@ def trained_network(description: Description, tensors: dict[str, torch.Tensor]) 
         network = build(description)
     network.load_state_dict(tensors, assign=True)
     return network
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that masks can be made with, before its weights are read.
+
+    `identity` is what its masks depend on. `judge` tells how good masks are likely to be, `training` what is usual; None where
+    that is not known.
+    """
+
+    identity: dict[str, Any]
+    channels: tuple[str, ...]
+    judge: Judge | None
+    training: TrainingCases | None
+    load: Callable[[], Model]
+
+
+def file_source(file: ModelFile, options: Options) -> Source:
+    """A model file as a source of masks."""
+    record = file.record
+    judge = None if record.trust is None else Judge(record.trust, options.mirror)
+    training = None if record.training is None else record.training.ranges
+    return Source(model_identity(file, options), record.channels, judge, training, lambda: model_of(file, options))
 
 
 def model_hashes(file: ModelFile, folds: Sequence[int] | None = None) -> dict[str, str]:

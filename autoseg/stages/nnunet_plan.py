@@ -96,7 +96,7 @@ def make_plan(source: Source, mirror_axes: Mapping[str, Sequence[int]]) -> Plan:
         "planner": f"nnU-Net {plans.get('experiment_planner_used', 'planner')}", "gpu_memory_gb": GPU_MEMORY_GB,
         "orientation": READERS[reader], "transpose_forward": plans.get("transpose_forward"), "channels": channels,
         "labels": labels, "intensities": _intensities(source, len(channels)), "configurations": made,
-        "resampling": resampling.pop(),
+        "resampling": resampling.pop(), "arithmetic": "nnunet",
         "notes": (f"imported from {plans.get('plans_name', 'plans')} of nnU-Net",), "precision": "fp32",
     }
     try:

@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 
+from autoseg.errors import RecordError
 from autoseg.files.runs import RunFolder
 from autoseg.files.workspace import Workspace, load_record, save_record, write_text
 from autoseg.logs import SILENT, Reporter, Task
@@ -22,7 +23,7 @@ from autoseg.stages.midway import load_midway
 from autoseg.stages.outcome import Outcome, find_outcome, validated_folds
 from autoseg.stages.report_cases import WHY, CaseSources, case_section, find_images, is_coloured, window_of
 from autoseg.stages.report_page import Charts, Facts, Page, Section, render
-from autoseg.stages.report_pictures import DARK_SERIES, SERIES, Chart, drawing_of, save_png
+from autoseg.stages.report_pictures import COLOURS_OF_PAGE, Chart, drawing_of, save_png
 from autoseg.types.benchmark import Reproduction
 from autoseg.types.diagnosis import Diagnosis
 from autoseg.types.labels import Label, Labels
@@ -31,7 +32,6 @@ from autoseg.types.selection import Selection
 from autoseg.types.trust import Trust
 
 PAGE = "index.html"
-COLOURS = tuple(zip(SERIES, DARK_SERIES, strict=True))
 UNSEEN = ("Every case was segmented by networks that were trained without its patient, so the numbers say what to expect of new "
           "patients like these; other scanners, sites or diseases must be tested anew.")
 UNTRAINED = "Planned, and not yet trained: there are no results."
@@ -59,7 +59,7 @@ class _Book:
 
     def write(self, title: str, headline: str, lead: Sequence[str], tiles: Facts, made: str = "") -> Path:
         """Write index.html."""
-        page = Page(title, headline, lead, tiles, self.sections, self.missing, made, COLOURS)
+        page = Page(title, headline, lead, tiles, self.sections, self.missing, made, COLOURS_OF_PAGE)
         write_text(self.out / PAGE, render(page))
         return self.out / PAGE
 
@@ -68,8 +68,8 @@ def report(workspace: Workspace, out: Path | None = None, reporter: Reporter = S
     """Write the page of a work folder (default: report/index.html in it), report.json, report.csv and figures; returns the page.
 
     Results are those of the selected masks, else of the run with the most finished folds; parts whose records are not there are
-    named with the command that makes them. Raises RecordError when this is no work folder or a record is damaged, RunError when
-    the selected masks are gone, and what reading images raises.
+    named with the command that makes them. Raises RecordError when this is no work folder or dataset, plan, folds or runs cannot
+    be read, RunError when the selected masks are gone, and what reading images raises.
     """
     plan, dataset = workspace.require().plan(), workspace.dataset()
     book, work = _Book(out or workspace.root / "report"), shlex.quote(workspace.root.name)
@@ -81,7 +81,7 @@ def report(workspace: Workspace, out: Path | None = None, reporter: Reporter = S
             record = _measured(workspace, outcome, reporter, threads)
             task.advance(note="results")
             _results(book, workspace, outcome, record, work, task)
-        _records(workspace, book, work)
+        _records(workspace, book, work, reporter)
         task.advance(note="records")
         if workspace.fingerprint_path.exists():
             book.add(sections.data(dataset, workspace.fingerprint(), plan, f"From fingerprint.json, {planned}"))
@@ -167,13 +167,18 @@ def _measured(workspace: Workspace, outcome: Outcome, reporter: Reporter, thread
     return evaluate(outcome.masks, outcome.references, outcome.labels, None, threads, reporter, cases=outcome.cases.values())
 
 
-def _records(workspace: Workspace, book: _Book, work: str) -> None:
+def _records(workspace: Workspace, book: _Book, work: str, reporter: Reporter) -> None:
     """Sections of the records that are there; the others are named with the command that makes them."""
     root, missing = workspace.root, []
 
     def tell(path: Path, kind: type[T], section: Callable[[T, str], Told], command: str, what: str) -> None:
+        name = path.relative_to(root)
         if path.exists():
-            book.add(section(load_record(path, kind), f"From {path.relative_to(root)}, made by: {command}"))
+            try:
+                book.add(section(load_record(path, kind), f"From {name}, made by: {command}"))
+            except RecordError as error:  # of another version, or damaged: all of these can be made again
+                reporter.warn(f"{str(error).splitlines()[0]}; make it again: {command}")
+                missing.append((f"{what or name} ({name} cannot be read)", command))
         elif what:
             missing.append((what, command))
 

@@ -23,7 +23,7 @@ Floats = NDArray[np.float64]
 
 INK, MUTED, LINE, PAPER = "#101418", "#5b6470", "#d3d9e0", "#fefefd"  # drawn with these; the page puts its own in their place
 SERIES = ("#0072b2", "#c8452f", "#a07f00", "#00835c", "#b36b01", "#b0489a", "#4f5bd5", "#5b8a1e")
-DARK_SERIES = PALETTE  # the same hues for dark surroundings, as in overlays
+COLOURS_OF_PAGE = tuple(zip(SERIES, PALETTE, strict=True))  # the same hues for light and dark surroundings, as in overlays
 WIDTH, DPI = 4.7, 300
 MOST_POINTS = 1500  # in one chart; more become a picture inside the SVG
 MOST_ROWS = 30

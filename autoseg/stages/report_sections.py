@@ -28,8 +28,8 @@ Sketch = tuple[Section, list[Chart]]
 MOST_LISTED = 12
 SECONDS = "seconds per case"
 GAINS = "Each gain is measured on folds that the choice was made without; kept is only what is above zero with certainty."
-CALIBRATED = ("Do probabilities mean what they say? Of all voxels that are given a probability of 0.8, 80 % should be right. "
-              "One number per run, its temperature, brings them closer; what it does is measured on held-back folds.")
+CALIBRATED = ("Do probabilities mean what they say? Of all voxels that are given a probability of 0.8, 80 % should be right. One "
+              "number per run, its temperature, corrects them; by how much was measured on held-back folds.")
 HIDDEN = ("previous_stage", "next_stage", "inherits_from", "checkpointing")  # shown only where there is one
 
 
@@ -172,8 +172,9 @@ def _midway(learned: Learned) -> list[Curve]:
     """Mean Dice over labels of the whole cases of each fold."""
     curves = []
     for fold, looks in learned.midway.items():
-        means = [[float(v) for row in look.mean.values() if (v := row.get("dice")) is not None] for look in looks]
-        curves.append(Curve(f"fold {fold}", [look.epoch + 1 for look in looks], [fmean(m) if m else math.nan for m in means], fold))
+        found = [[float(v) for row in look.mean.values() if (v := row.get("dice")) is not None] for look in looks]
+        means = [fmean(values) if values else math.nan for values in found]
+        curves.append(Curve(f"fold {fold}", [look.epoch + 1 for look in looks], means, fold))
     return curves
 
 
@@ -228,7 +229,7 @@ def trust(record: Trust, source: str) -> Sketch:
     if record.quality_note:
         blocks.append(Text(record.quality_note, note=True))
     blocks += [Text(line, note=True) for line in record.missing]
-    return Section("trust", "Calibration and trust", blocks, source), charts
+    return Section("trust", "Calibration and trust", blocks, source, "Trust"), charts
 
 
 def _quality(name: str, model: QualityModel) -> list[str]:

@@ -182,7 +182,7 @@ def _selected(selection: Selection) -> Result:
     steps = f", {len(selection.postprocessing)} post-processing step(s)" if selection.postprocessing else ""
     return Result(method=f"selected: {' + '.join(selection.runs)}{steps}", folds=selection.folds, cases=selection.cases,
                   values={MEAN: selection.nested_dice},
-                  protocol="the default run's Dice plus the gains of what was chosen, each measured on folds it was chosen without")
+                  protocol="the default run's Dice plus the gains of what was chosen, each on folds it was chosen without")
 
 
 def _result(workspace: Workspace, benchmark: Benchmark, run: str, finished: Sequence[RunFolder], labels: Labels,

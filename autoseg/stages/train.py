@@ -22,6 +22,7 @@ from autoseg.stages import cascade
 from autoseg.stages.budget import Budget, Pace, RandomCase, Share, case_seconds, duration, fit_length
 from autoseg.stages.evaluate import evaluate
 from autoseg.stages.fold import train_fold
+from autoseg.stages.midway import Midway
 from autoseg.stages.predict import predict_validation
 from autoseg.stages.preprocess import data_folder, preprocess
 from autoseg.stages.records import Options, make_record
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from autoseg.trainers.default import Job, Measured
     from autoseg.trainers.sampling import PatchSource
 
-MEASURE_SECONDS = 4.0  # of training steps, before a time budget is divided
+MEASURE_SECONDS, MEASURE_SHARE = 4.0, 0.02  # of training steps, before a time budget is divided; of the budget at most
 
 __all__ = ["Options", "train", "validate"]
 Key = tuple[str, int]  # run, fold
@@ -71,7 +72,7 @@ def train(
     stages = [(plan.configurations[r.configuration].previous_stage, r.configuration) for r in records.values()]
     needed = list(dict.fromkeys(name for pair in stages for name in pair if name is not None))
     preprocess(workspace, needed, threads=options.threads, reporter=reporter)
-    fresh = {(name or n, fold) for n in names for fold in wanted} if options.restart else set()  # not what only a next stage needs
+    fresh = {(name or n, fold) for n in names for fold in wanted} if options.restart else set()  # nothing that is only needed
     work = _Work(workspace, options, reporter, interrupts or Interrupts(), fresh)
     budget = work.measure(records, spec, begun)
     for key in fresh:
@@ -159,14 +160,16 @@ class _Work:
             if budget is not None:
                 record = record.model_copy(update={"spec": budget.length(key, record.spec)})
             record = record.model_copy(update={"data": self._data(record)})
-            job = self._job(record, self._cases(record, record.split.train), self._cases(record, record.split.val))
+            validation = self._cases(record, record.split.val)
+            job = self._job(record, self._cases(record, record.split.train), validation)
             begun, first = time.monotonic(), budget.shares[key].done if budget else 0
             adjust = (lambda training: budget.adjust(key, training, begun, first)) if budget else (lambda training: None)
-            train_fold(job, folder, record, self.reporter, self.interrupts, adjust)
+            watch = Midway(self.workspace, record, validation, folder)
+            train_fold(job, folder, record, self.reporter, self.interrupts, adjust, watch)
         elif record.previous is not None and folder.record().data != self._data(record):
             self.reporter.warn(
-                f"{key[0]} fold {key[1]} was trained on other cases or on other segmentations by {record.previous} than there are "
-                "now; train it again with --restart"
+                f"{key[0]} fold {key[1]} was trained on other cases or on other segmentations by {record.previous} than there "
+                "are now; train it again with --restart"
             )
             (folder.validation / "report.json").unlink(missing_ok=True)
         begun = time.monotonic()
@@ -184,7 +187,7 @@ class _Work:
         paces: dict[str, Pace] = {}
         for configuration in dict.fromkeys(record.configuration for record in left.values()):
             own = [record for record in left.values() if record.configuration == configuration]
-            pace = self._pace(own[0], seconds=MEASURE_SECONDS if options.time_budget_s else 0.0)
+            pace = self._pace(own[0], seconds=min(MEASURE_SECONDS, MEASURE_SHARE * (options.time_budget_s or 0.0)))
             if pace is None:
                 continue
             paces[configuration] = pace
@@ -214,8 +217,9 @@ class _Work:
         if budget.shortfall() > 0:
             rates = ", ".join(f"{name} {pace.step:.3g} s a step" for name, pace in budget.paces.items())
             raise RunError(
-                f"a time budget of {duration(budget.seconds)} is too short for {len(budget.shares)} fold(s) on this machine ({rates}): "
-                f"it would take about {duration(1.1 * (budget.seconds + budget.shortfall()))}; give more time, fewer --folds, or one --config"
+                f"a time budget of {duration(budget.seconds)} is too short for {len(budget.shares)} fold(s) on this machine "
+                f"({rates}): it would take about {duration(1.1 * (budget.seconds + budget.shortfall()))}; give more time, fewer "
+                "--folds, or one --config"
             )
         fitted = fit_length(budget.spec, budget.steps())
         validation = sum(share.cases * budget.paces[share.configuration].case for share in budget.shares.values())

@@ -32,7 +32,6 @@ from autoseg.types.selection import Selection
 from autoseg.types.trust import CalibrationScore, CaseNumbers, QualityModel, Trust
 
 if TYPE_CHECKING:
-    from autoseg.arrays.quality import Features
     from autoseg.inference import Model
     from autoseg.types.case import Preprocessed
 
@@ -219,22 +218,18 @@ def _load(path: Path, key: str, fold: int, case: CaseFiles) -> _Evidence | None:
 
 def _conclude(selection: Selection, evidence: Sequence[_Evidence], networks: dict[str, str], inputs: str) -> Trust:
     """Everything that follows from the evidence."""
-    from autoseg.arrays.quality import MIN_CASES, fit_quality, mean_features
+    from autoseg.arrays.quality import MIN_CASES, fit_quality
 
     by_fold, by_three = _parts(evidence, 2), _parts(evidence, 3)
     calibration = {
         run: calibrate_sample([e.samples[i] for e in evidence], *by_fold) for i, run in enumerate(selection.runs)
     }
-    names = list(evidence[0].facts.features) if evidence else []
-    means = [mean_features(e.facts.features) for e in evidence]
-    mean = fit_quality(means, [_mean_dice(e) for e in evidence], by_three[0])
-    quality: dict[str, QualityModel] = {}
-    for name in names:
-        features: list[Features | None] = [e.facts.features[name] for e in evidence]
-        fitted = fit_quality(features, [e.facts.dice[name] for e in evidence], by_three[0])
-        if fitted is not None:
-            quality[name] = fitted
-    usable = sum(one is not None for one in means)
+    features = [e.facts.features for e in evidence]
+    mean = fit_quality(features, [_mean_dice(e) for e in evidence], by_three[0])
+    names = list(features[0]) if features else []
+    fitted = {name: fit_quality(features, [e.facts.dice[name] for e in evidence], by_three[0], name) for name in names}
+    quality = {name: model for name, model in fitted.items() if model is not None}
+    usable = sum(any(one is not None for one in case.values()) for case in features)
     note = "" if mean is not None else f"too few cases for an estimate of quality: {usable}, at least {MIN_CASES} are needed"
     return Trust(
         inputs=inputs, runs=selection.runs, weights=selection.run_weights, folds=(), networks=networks, calibration=calibration,

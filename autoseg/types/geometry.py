@@ -61,7 +61,7 @@ class Grid(Record):
         return AxisMap((axes[0], axes[1], axes[2]), (flips[0], flips[1], flips[2]))
 
     def turned(self, orientation: str) -> AxisMap:
-        """What brings an array on this grid to a plan's orientation: "LPS", "RAS" (nnU-Net's reorienting readers) or "as_stored"."""
+        """What brings an array on this grid to a plan's orientation: LPS, RAS (nnU-Net's reorienting readers) or as_stored."""
         if orientation == "as_stored" or not self.has_direction:
             return AxisMap((0, 1, 2), (False, False, False))
         lps = self.to_lps()

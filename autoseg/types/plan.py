@@ -165,6 +165,10 @@ class Plan(Record):
     resampling: Annotated[
         Literal["cubic", "linear", "none"], Field(description="how images are interpolated; none: they keep their own spacing")
     ] = "cubic"
+    arithmetic: Annotated[
+        Literal["fp32", "nnunet"],
+        Field(description="how prediction gathers logits: in fp32, or rounded to fp16 wherever nnU-Net does, for its very masks"),
+    ] = "fp32"
     precision: Annotated[Literal["bf16", "fp16", "fp32"], Field(description="that the memory was planned for")] = "bf16"
     time_budget_s: Annotated[
         float | None, Field(gt=0, description="seconds that a train command may take; null: no limit")
@@ -204,7 +208,7 @@ class Plan(Record):
             raise ValueError(f"transpose_forward must be a permutation of 0, 1, 2, found {self.transpose_forward}")
         for name, configuration in self.configurations.items():
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-                raise ValueError(f"configurations: {name!r} names a folder; it takes letters, digits, dots, dashes and underscores")
+                raise ValueError(f"configurations: {name!r} names a folder; use letters, digits, dots, dashes and underscores")
             stage = self.configurations.get(configuration.previous_stage or "")
             if stage is not None and stage.previous_stage is not None:
                 raise ValueError(

@@ -23,7 +23,9 @@ class LossSpec(Record):
 class AugmentSpec(Record):
     """The augmentation; `mirror` lists the patch's axes that may be flipped, in training and at prediction.
 
-    None means those that the plan allows. They count from 0 in the order of `patch_size`: in 2D 0 and 1 are the last two axes of the volume."""
+    None means those that the plan allows. They count from 0 in the order of `patch_size`: in 2D 0 and 1 are the last two axes of
+    the volume.
+    """
 
     kind: str = "default"
     mirror: tuple[int, ...] | None = None

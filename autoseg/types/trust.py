@@ -53,18 +53,18 @@ class Calibration(Record):
 class QualityModel(Record):
     """A ridge regression from features of a prediction to the logit of its Dice, and how it did on cases it was fitted without.
 
-    `centres` and `scales` standardise the features; `volume_centre` is the median log volume (ml). `low` and `high` are the
-    quantiles of held-back residuals (logit) that hold `level` of them. Held back: `spearman` rank correlation of estimate and
-    true Dice, `error` mean absolute error, `plain_error` that of always saying the mean of the others, `coverage` the share of
-    cases within intervals made without their part.
+    `centres` and `scales` standardise the features; the absolute values of standardised volumes, less `deviations`, follow them.
+    `low` and `high` are the quantiles of held-back residuals (logit) that hold `level` of them. Held back: `spearman` rank
+    correlation of estimate and true Dice, `error` mean absolute error, `plain_error` that of always saying the mean of the
+    others, `coverage` the share of cases within intervals made without their part.
     """
 
     features: tuple[str, ...]
     centres: tuple[float, ...]
     scales: tuple[float, ...]
+    deviations: tuple[float, ...]
     weights: tuple[float, ...]
     intercept: float
-    volume_centre: float
     penalty: float
     low: float
     high: float

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from scipy.special import softmax
 
+from autoseg.arrays.quality import FEATURES
 from autoseg.datasets.folder import read_inputs
 from autoseg.files.images import read_case
 from autoseg.files.workspace import Workspace, load_record, save_record
@@ -21,10 +22,6 @@ from autoseg.stages.predict import Options, load_model, predict, predict_validat
 from autoseg.stages.trust import calibrate, describe_trust
 from autoseg.types.trust import Calibration, QualityModel, Spread, Trust
 
-FEATURES = (
-    "expected_dice", "entropy_inside", "entropy_boundary", "disagreement_boundary", "log_volume", "log_components", "missing",
-    "volume_deviation",
-)
 FOLDS = Options(folds=(0, 1), device="cpu", precision="fp32")
 
 
@@ -88,10 +85,11 @@ def edited(cli, known, target, **changes):
 
 def quality(**changes):
     """An estimate that is the expected Dice."""
-    weights = tuple(float(name == "expected_dice") for name in FEATURES)
-    whole = {"features": FEATURES, "centres": (0.0,) * 8, "scales": (1.0,) * 8, "weights": weights, "intercept": 0.0,
-             "volume_centre": 0.0, "penalty": 1.0, "low": -1.0, "high": 0.5, "level": 0.9, "cases": 40, "error": 0.01,
-             "plain_error": 0.02}
+    names = (*FEATURES, "missing")
+    weights = tuple(float(name == "expected_dice") for name in (*names, "deviation"))
+    whole = {"features": names, "centres": (0.0,) * len(names), "scales": (1.0,) * len(names), "deviations": (0.0,),
+             "weights": weights, "intercept": 0.0, "penalty": 1.0, "low": -1.0, "high": 0.5, "level": 0.9, "cases": 40,
+             "error": 0.01, "plain_error": 0.02}
     return QualityModel(**{**whole, **changes})
 
 

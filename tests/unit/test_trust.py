@@ -14,12 +14,13 @@ from autoseg.arrays.quality import (
     DICE_RANGE,
     FEATURES,
     MIN_CASES,
+    CaseFeatures,
     beliefs,
+    columns_of,
     estimate_quality,
     fit_quality,
     logit,
     mean_entropy,
-    mean_features,
     target_features,
     weighted,
 )
@@ -200,7 +201,7 @@ def test_features_of_a_cube_are_those_worked_out_by_hand():
     mask = cube()
     mask[0, 0, 0] = True
     entropy = np.where(mask, 0.5, 0.1)
-    found = target_features(mask, entropy, np.full(mask.shape, 0.25), (240.0, 200.0), 0.001)
+    found = target_features(mask, entropy, np.full(mask.shape, 0.25), (240.0, 200.0), 0.001, (1.0, 1.0, 1.0))
     assert found is not None and set(found) == set(FEATURES)
     band = (8**3 - 4**3) + 8
     inside = 6**3 - 4**3 + 1
@@ -209,50 +210,92 @@ def test_features_of_a_cube_are_those_worked_out_by_hand():
     assert found["entropy_boundary"] == pytest.approx(np.log((0.5 * inside + 0.1 * (band - inside)) / band + 1e-3))
     assert found["disagreement_boundary"] == pytest.approx(np.log(0.25 + 1e-4))
     assert found["log_volume"] == pytest.approx(np.log(0.217)) and found["log_components"] == pytest.approx(np.log(2))
-    assert target_features(np.zeros((4, 4, 4), bool), entropy, entropy, (0.0, 0.0), 1.0) is None
+    assert target_features(np.zeros((4, 4, 4), bool), entropy, entropy, (0.0, 0.0), 1.0, (1.0, 1.0, 1.0)) is None
+
+
+def test_elongation_is_that_of_a_box_in_millimetres() -> None:
+    """Variances of a box of sides a, b, c are a^2 / 12 and so on, its voxels' own extent included."""
+    mask = np.zeros((16, 16, 16), bool)
+    mask[2:14, 4:8, 5:11] = True
+    found = target_features(mask, np.zeros(mask.shape), np.zeros(mask.shape), (1.0, 1.0), 1.0, (0.5, 1.0, 3.0))
+    assert found is not None and found["log_elongation"] == pytest.approx(2 * np.log(18 / 4))
+    mask[:] = False
+    mask[3, 3, 3] = True
+    found = target_features(mask, np.zeros(mask.shape), np.zeros(mask.shape), (1.0, 1.0), 1.0, (1.0, 1.0, 2.0))
+    assert found is not None and found["log_elongation"] == pytest.approx(2 * np.log(2)), "one voxel"
 
 
 def test_a_flat_band_stays_in_its_slices():
     mask, entropy = cube(), np.zeros((16, 16, 16))
     entropy[3] = 1
-    deep, flat = (target_features(mask, entropy, entropy, (1.0, 1.0), 1.0, flat) for flat in (False, True))
+    deep, flat = (target_features(mask, entropy, entropy, (1.0, 1.0), 1.0, (1.0, 1.0, 1.0), flat) for flat in (False, True))
     assert deep is not None and flat is not None
     assert flat["entropy_boundary"] == pytest.approx(np.log(1e-3)) and deep["entropy_boundary"] > np.log(0.1)
 
 
-def test_means_are_over_what_was_found():
-    one = dict.fromkeys(FEATURES, 1.0) | {"entropy_inside": np.log(0.5 + 1e-3), "missing": 0.0}
-    other = dict.fromkeys(FEATURES, 3.0) | {"entropy_inside": np.log(0.1 + 1e-3), "missing": 0.0}
-    means = mean_features({"a": one, "b": other, "c": None})
-    assert means is not None and means["log_volume"] == 2 and means["missing"] == pytest.approx(1 / 3)
-    assert mean_entropy({"a": one, "b": other, "c": None}) == pytest.approx(0.3)
-    assert mean_features({"a": None}) is None and mean_entropy({"a": None}) is None
+def test_an_estimate_rests_on_what_was_found() -> None:
+    one = dict.fromkeys(FEATURES, 1.0) | {"entropy_inside": np.log(0.5 + 1e-3)}
+    other = dict.fromkeys(FEATURES, 3.0) | {"entropy_inside": np.log(0.1 + 1e-3)}
+    case = {"a": one, "b": other, "c": None}
+    mean, own = columns_of(case, None), columns_of(case, "b")
+    assert mean is not None and mean["log_volume"] == 2 and mean["missing"] == pytest.approx(1 / 3)
+    assert own is not None and own["log_volume"] == own["b: log_volume"] == 3 and own["a: log_volume"] == 1
+    assert np.isnan(own["c: log_volume"])
+    assert columns_of(case, "c") is None and columns_of({"a": None}, None) is None
+    assert mean_entropy(case) == pytest.approx(0.3) and mean_entropy({"a": None}) is None
     both = weighted([one, other, None], [3.0, 1.0, 5.0])
     assert both is not None and both["log_volume"] == pytest.approx(1.5) and weighted([None], [1.0]) is None
 
 
-def crossval(count: int, noise: float, seed: int = 0, folds: int = 5):
-    """Cases whose Dice depends on two features, and noise."""
+def crossval(count: int, noise: float, seed: int = 0, folds: int = 5) -> tuple[list[CaseFeatures], list[float], list[int]]:
+    """Cases with two structures, whose Dice depends on one feature of each, and noise."""
     rng = np.random.default_rng(seed)
-    rows = rng.normal(0, 1, (count, len(FEATURES)))
-    target = 1.5 + 0.8 * rows[:, 0] - 0.6 * rows[:, 3] + rng.normal(0, noise, count)
-    features = [dict(zip(FEATURES, map(float, row), strict=True)) for row in rows]
-    return features, [float(d) for d in expit(target)], [i % folds for i in range(count)]
+    rows = rng.normal(0, 1, (count, 2, len(FEATURES)))
+    target = 1.5 + 0.8 * rows[:, 0, 0] - 0.6 * rows[:, 1, 3] + rng.normal(0, noise, count)
+    named = [{n: dict(zip(FEATURES, map(float, one), strict=True)) for n, one in zip("ab", row, strict=True)} for row in rows]
+    return named, [float(d) for d in expit(target)], [i % folds for i in range(count)]
 
 
-def test_the_estimate_follows_the_dice_on_cases_it_was_not_fitted_on():
-    model = fit_quality(*crossval(150, 0.3))
+@pytest.mark.parametrize("own", [None, "a"])
+def test_the_estimate_follows_the_dice_on_cases_it_was_not_fitted_on(own: str | None) -> None:
+    model = fit_quality(*crossval(150, 0.3), own)
     assert model is not None and model.cases == 150 and model.spearman is not None
     assert model.spearman > 0.9 and model.error < 0.5 * model.plain_error
+    assert "b: disagreement_boundary" in model.features, "the other structure says something"
     features, dice, _ = crossval(400, 0.3, seed=1)
-    found = np.array([estimate_quality(model, one) for one in features])
+    found = np.array([estimate_quality(model, one, own) for one in features])
     assert spearmanr(found[:, 0], dice).statistic > 0.9
     assert (found[:, 1] < found[:, 0]).all() and (found[:, 0] < found[:, 2]).all()
     inside = ((found[:, 1] <= dice) & (dice <= found[:, 2])).mean()
     assert 0.84 < inside < 0.96 and model.coverage == pytest.approx(0.9, abs=0.06)
 
 
-def test_features_that_say_nothing_are_not_believed():
+def test_volumes_far_from_the_usual_count_in_both_directions() -> None:
+    features, _, parts = crossval(100, 0.1)
+    volumes = np.array([case["a"]["log_volume"] for case in features])  # type: ignore[index]
+    dice = expit(2 - np.abs(volumes)).tolist()
+    model = fit_quality([{"a": case["a"]} for case in features], dice, parts, "a")
+    assert model is not None and model.spearman is not None and model.spearman > 0.9
+    assert model.features == (*FEATURES, "missing")
+
+
+def test_with_few_cases_each_structure_is_judged_by_its_own_features() -> None:
+    few, many = (fit_quality(*crossval(count, 0.1), "a") for count in (149, 150))
+    assert few is not None and few.features == (*FEATURES, "missing")
+    assert many is not None and len(many.features) == 15 and {"a: log_volume", "b: log_volume"} <= set(many.features)
+
+
+def test_a_structure_that_was_not_found_in_a_case_is_left_to_the_others() -> None:
+    features, dice, parts = crossval(154, 0.1)
+    holes = [{**case, "b": None} if i % 7 == 0 else case for i, case in enumerate(features)]
+    model = fit_quality(holes, dice, parts)
+    assert model is not None and model.cases == 154 and model.spearman is not None and model.spearman > 0.8
+    assert estimate_quality(model, holes[0]) is not None and estimate_quality(model, {"a": None, "b": None}) is None
+    own = fit_quality(holes, dice, parts, "b")
+    assert own is not None and own.cases == 132 and estimate_quality(own, holes[0], "b") is None
+
+
+def test_features_that_say_nothing_are_not_believed() -> None:
     """Held back, an estimate from noise is no better than the mean, and says so."""
     ranks, ratios = [], []
     for seed in range(10):
@@ -269,7 +312,7 @@ def test_too_few_cases_or_parts_give_no_estimate():
     features, dice, parts = crossval(MIN_CASES, 0.1)
     assert fit_quality(features, dice, parts) is not None
     assert fit_quality(features[1:], dice[1:], parts[1:]) is None
-    assert fit_quality([None, *features[1:]], dice, parts) is None
+    assert fit_quality([{"a": None, "b": None}, *features[1:]], dice, parts) is None
     assert fit_quality(features, [None, *dice[1:]], parts) is None
     assert fit_quality(features, dice, [i % 2 for i in range(MIN_CASES)]) is None
 
@@ -284,8 +327,8 @@ def test_a_case_beyond_all_training_cases_gets_an_estimate_within_bounds():
     model = fit_quality(*crossval(60, 0.3))
     assert model is not None
     for value in (-1e6, 1e6):
-        estimate, low, high = estimate_quality(model, dict.fromkeys(FEATURES, value))
-        assert 0 <= low <= estimate <= high <= 1
+        found = estimate_quality(model, {"a": dict.fromkeys(FEATURES, value), "b": None})
+        assert found is not None and 0 <= found[1] <= found[0] <= found[2] <= 1
     assert logit(0.0) == logit(DICE_RANGE[0]) and logit(1.0) == logit(DICE_RANGE[1])
 
 
