@@ -33,6 +33,8 @@ def evaluate(
     tolerance: Annotated[
         float | None, typer.Option(help="Tolerance of NSD in mm; default one voxel in-plane of each case.")
     ] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write a page with pictures into this folder.")] = None,
+    images: Annotated[Path | None, typer.Option("--images", help="Images for the page; a work folder's are known.")] = None,
     threads: ThreadsOption = None,
 ) -> None:
     """Compare masks with reference masks, case by case and label by label."""
@@ -47,6 +49,10 @@ def evaluate(
     out.print("\n".join(definition_lines(report)), markup=False)
     if report_path is not None:
         save_record(report_path, report)
+    if html is not None:
+        from autoseg.stages.report import report_masks
+
+        out.print(f"report: {report_masks(report, predictions, references, html, images, reporter)}", markup=False)
 
 
 @app.command()
@@ -101,6 +107,39 @@ def diagnose(
     else:
         found = run_diagnose(Workspace(work).require(), run, reporter, cores)
     out.print("\n".join(describe_diagnosis(found)), markup=False)
+
+
+@app.command()
+def report(
+    work: WorkArgument,
+    folder: Annotated[Path | None, typer.Option("--out", help="Where to write; default: report/ in the work folder.")] = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Write one page that tells how good the results are: data, plan, curves, results, worst cases, what to try."""
+    from autoseg.files.workspace import Workspace
+    from autoseg.stages.report import report as run_report
+
+    page = run_report(Workspace(work).require(), folder, reporter, max(1, reading_threads(threads)))
+    out.print(f"report: {page}", markup=False)
+
+
+@app.command()
+def compare(
+    sources: Annotated[
+        list[str], typer.Argument(help="Work folders, runs (WORK/runs/NAME) or folders of any tool's masks; NAME=PATH names one.")
+    ],
+    reference: Annotated[Path | None, typer.Option("--reference", help="References; default: those of a work folder.")] = None,
+    folder: Annotated[Path, typer.Option("--out", help="Where comparison.json and comparison.png go.")] = Path("comparison"),
+    tolerance: Annotated[float | None, typer.Option(help="Tolerance of NSD in mm; default one voxel in-plane of each case.")] = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Compare masks of several models or tools on the same cases: paired differences, intervals, tests, how firm the order is."""
+    from autoseg.stages.compare import compare as run_compare
+    from autoseg.stages.compare import comparison_facts, comparison_table
+
+    found = run_compare(sources, reference, folder, tolerance, max(1, reading_threads(threads)), reporter)
+    print_table(comparison_table(found), "paired differences")
+    out.print("\n".join(comparison_facts(found)), markup=False)
 
 
 @app.command()

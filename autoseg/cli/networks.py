@@ -65,7 +65,7 @@ def train(
 
 @app.command()
 def predict(
-    model: Annotated[Path, typer.Argument(help="A work folder.")],
+    model: Annotated[Path, typer.Argument(help="A model file or a work folder.")],
     inputs: Annotated[list[Path], typer.Argument(help="Images, folders of images, or a manifest.")],
     masks: Annotated[Path, typer.Option("--out", help="Folder for the masks.")],
     folds: Annotated[str, typer.Option(help="all, or numbers like 0,1.")] = "all",
@@ -78,15 +78,17 @@ def predict(
 ) -> None:
     """Segment new images with the selected networks; each mask lies on the grid of its image."""
     from autoseg.datasets.folder import read_inputs
+    from autoseg.files.model import open_model_file
     from autoseg.files.workspace import Workspace
     from autoseg.stages.predict import Options
     from autoseg.stages.predict import predict as run_predict
 
-    workspace = Workspace(model).require()
-    cases = read_inputs(inputs, channels=len(workspace.plan().channels))
+    source = open_model_file(model) if model.is_file() else Workspace(model).require()
+    channels = source.plan().channels if isinstance(source, Workspace) else source.record.channels
+    cases = read_inputs(inputs, channels=len(channels))
     chosen_folds = fold_numbers(folds)
     wanted = None if chosen_folds is None else tuple(chosen_folds)
     options = Options(wanted, device, precision, mirror, probabilities, overwrite, uncertainty)
     compute_threads()
-    run_predict(workspace, cases, masks, options, reporter)
+    run_predict(source, cases, masks, options, reporter)
     out.print(f"masks of {len(cases)} case(s): {masks}", markup=False)

@@ -206,10 +206,14 @@ def _network(source: Source, where: str, architecture: Mapping[str, Any], dims: 
     missing = [name for name in ("conv_op", "norm_op", "nonlin") if given.get(name) is None]
     if missing:
         raise PlanError(f"{source.plans_path}: {where}.arch_kwargs.{missing[0]} is missing; without it nothing can be imported")
+    strides = _rows(given.get("strides"), stages, dims)
+    if not isinstance(strides, list) or len(strides) != stages:
+        raise PlanError(f"{source.plans_path}: {where}.arch_kwargs.strides: expected {stages} entries, one for each of n_stages, "
+                        f"found {str(strides)[:80]}")
     decoder = _per_stage(given.get("n_conv_per_stage_decoder"), stages - 1)
     return {
         "network": {"kind": NETWORKS[kind]}, "features_per_stage": features,
-        "strides": _rows(given.get("strides"), stages, dims), "kernel_sizes": _rows(given.get("kernel_sizes"), stages, dims),
+        "strides": strides, "kernel_sizes": _rows(given.get("kernel_sizes"), stages, dims),
         "blocks_per_stage": _per_stage(given.get(BLOCKS[kind]), stages),
         "decoder_blocks_per_stage": decoder[::-1] if isinstance(decoder, list) else decoder,  # theirs begins at the bottom
     }

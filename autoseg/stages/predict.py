@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from autoseg.arrays.unusual import combined, describe_image, describe_mask, unusual
 from autoseg.errors import AutosegError, CasesFailed, RunError
 from autoseg.files.images import read_case, write_label, write_probabilities
 from autoseg.files.masks import MaskFolder
+from autoseg.files.model import ModelFile
 from autoseg.files.runs import RunFolder, load_tensors
 from autoseg.files.workspace import Workspace, load_record
 from autoseg.logs import SILENT, Reporter
 from autoseg.stages.judge import Judge, find_judge
+from autoseg.stages.models import Source, assemble, file_source, trained_network
 from autoseg.types.case import Image
 from autoseg.types.dataset import CaseFiles
 from autoseg.types.geometry import Grid
@@ -28,7 +31,7 @@ from autoseg.types.labels import Labels
 from autoseg.types.record import Spec
 from autoseg.types.run import RunRecord
 from autoseg.types.selection import Selection
-from autoseg.types.trust import CaseNumbers
+from autoseg.types.trust import CaseNumbers, TrainingCases
 
 if TYPE_CHECKING:
     import torch
@@ -67,16 +70,12 @@ def load_model(
     Raises:
         RunError: a run or fold is not trained, or its weights do not fit.
     """
-    from autoseg.inference import Model
-    from autoseg.networks.hardware import pick_device, pick_precision
-
     known = temperatures or {}
     members = [
         dataclasses.replace(_load_member(workspace, run, options.folds), weight=weight, temperature=known.get(run, 1.0))
         for run, weight in _weighted(runs, weights)
     ]
-    device = pick_device(options.device)
-    return Model(members, device, pick_precision(device, options.precision), options.mirror, postprocessing)
+    return assemble(members, options, postprocessing)
 
 
 def _weighted(runs: Sequence[str], weights: Sequence[float]) -> list[tuple[str, float]]:
@@ -86,7 +85,6 @@ def _weighted(runs: Sequence[str], weights: Sequence[float]) -> list[tuple[str, 
 def _load_member(workspace: Workspace, run: str, wanted: Sequence[int] | None) -> Member:
     """Folds of one run; of the previous stage's run the same folds, so that a fold's validation cases are new to both."""
     from autoseg.inference import Member
-    from autoseg.networks.build import build
     from autoseg.networks.describe import describe
 
     finished = finished_folds(workspace, run)
@@ -110,13 +108,12 @@ def _load_member(workspace: Workspace, run: str, wanted: Sequence[int] | None) -
                 f"the folds of run {run!r} were trained with different plans, so they cannot be combined; "
                 f"choose some with --folds, or train fold {record.fold} again with --restart"
             )
-        network = build(describe(configuration, channels, plan.labels.output_count))
         weights_path = RunFolder(workspace.fold(run, record.fold)).weights_path
+        description = describe(configuration, channels, plan.labels.output_count)
         try:
-            network.load_state_dict(load_tensors(weights_path))
+            networks.append(trained_network(description, load_tensors(weights_path)))
         except RuntimeError as error:
             raise RunError(f"{weights_path} does not fit its plan: {str(error).splitlines()[0]}") from None
-        networks.append(network)
     source = previous_run(first)
     previous = None if source is None else _load_member(workspace, source, wanted)
     return Member(plan, first.configuration, tuple(networks), axes, previous)
@@ -158,26 +155,34 @@ def chosen(workspace: Workspace, reporter: Reporter = SILENT) -> Selection:
 
 
 def predict(
-    workspace: Workspace, cases: Sequence[CaseFiles], out: Path, options: Options = Options(), reporter: Reporter = SILENT
+    model: Workspace | ModelFile, cases: Sequence[CaseFiles], out: Path, options: Options = Options(), reporter: Reporter = SILENT
 ) -> None:
-    """Predict new cases with the selected model; finished outputs of the same model and input are skipped.
+    """Predict new cases with a model file or the selected model of a work folder; what the same model finished is skipped.
 
     Raises:
         CasesFailed: some cases failed; they are listed, the rest is done.
         RunError: nothing trained, or `out` holds masks that this model did not make.
     """
-    selection = chosen(workspace.require(), reporter)
-    made_with = (selection.runs, options, selection.postprocessing, selection.run_weights)
-    identity = _identity(workspace, *made_with)
-    judge = find_judge(workspace, selection, identity["weights"], options.mirror, reporter)
-    folder = MaskFolder(out, identity, judge.key if judge else "")
+    source = file_source(model, options) if isinstance(model, ModelFile) else work_source(model, options, reporter)
+    folder = MaskFolder(out, source.identity, source.judge.key if source.judge else "")
     wanted = (options.probabilities, options.overwrite, options.uncertainty)
     todo = [case for case in cases if not folder.is_finished(case, *wanted) or options.overwrite]
     if not todo:
         reporter.info(f"all {len(cases)} cases are predicted already; --overwrite makes them anew")
         return
-    model = load_model(workspace, *made_with, temperatures=judge.temperatures if judge else None)
-    _run(_Work(model, folder, options.probabilities, options.uncertainty, judge), todo, reporter, "predict")
+    work = _Work(source.load(), folder, options.probabilities, options.uncertainty, source.judge, source.training)
+    _run(work, todo, reporter, "predict")
+
+
+def work_source(workspace: Workspace, options: Options, reporter: Reporter = SILENT) -> Source:
+    """The selected model of a work folder as a source of masks. Raises RunError when nothing is trained."""
+    selection = chosen(workspace.require(), reporter)
+    made_with = (selection.runs, options, selection.postprocessing, selection.run_weights)
+    identity = _identity(workspace, *made_with)
+    judge = find_judge(workspace, selection, identity["weights"], options.mirror, reporter)
+    temperatures = judge.temperatures if judge else None
+    channels = workspace.plan().channels
+    return Source(identity, channels, judge, None, lambda: load_model(workspace, *made_with, temperatures=temperatures))
 
 
 def predict_validation(
@@ -241,6 +246,7 @@ class _Work:
     probabilities: bool = False
     uncertainty: bool = False
     judge: Judge | None = None
+    training: TrainingCases | None = None
 
     @property
     def gauged(self) -> bool:
@@ -266,6 +272,8 @@ def _run(work: _Work, todo: Sequence[CaseFiles], reporter: Reporter, name: str) 
             elif isinstance(outcome, Exception):
                 failed[case.case] = " ".join((str(outcome) or type(outcome).__name__).split())
                 work.folder.fail(case, failed[case.case])
+            elif isinstance(outcome, str) and outcome:
+                reporter.warn(f"case {case.case} is unlike the training cases: {outcome}")
             return not isinstance(outcome, Exception)
 
         for index, case in enumerate(todo):
@@ -319,7 +327,12 @@ def _read(work: _Work, case: CaseFiles) -> _Ready:
     image: Image = read_case([Path(p) for p in case.images])
     middle = time.perf_counter()
     prepared = work.model.prepare(image, uncertainty=work.gauged)
-    numbers = work.judge.look(work.model, image) if work.judge else None
+    numbers: CaseNumbers | None = None
+    if work.judge is not None:
+        numbers = work.judge.look(work.model, image)
+    elif work.training is not None:
+        first = work.model.members[0]
+        numbers = describe_image(image, first.plan, first.configuration)
     seconds = {"read": middle - begin, "preprocess": time.perf_counter() - middle}
     kept = image.array_czyx if needs_image(work.model.postprocessing) else None
     return _Ready(image.grid, prepared, seconds, kept, numbers)
@@ -333,12 +346,13 @@ def _compute(work: _Work, ready: _Ready) -> list[torch.Tensor]:
     return logits
 
 
-def _whole(work: _Work, case: CaseFiles) -> None:
+def _whole(work: _Work, case: CaseFiles) -> str:
     ready = _read(work, case)
-    _finish(work, case, ready, _compute(work, ready))
+    return _finish(work, case, ready, _compute(work, ready))
 
 
-def _finish(work: _Work, case: CaseFiles, ready: _Ready, logits: list[torch.Tensor]) -> None:
+def _finish(work: _Work, case: CaseFiles, ready: _Ready, logits: list[torch.Tensor]) -> str:
+    """Restore, judge and write one case; returns in what it is unlike the training cases."""
     begin = time.perf_counter()
     model, folder = work.model, work.folder
     placements = [p.placement for p in ready.prepared]
@@ -347,6 +361,9 @@ def _finish(work: _Work, case: CaseFiles, ready: _Ready, logits: list[torch.Tens
     row = _row(case, ready, prediction.label_zyx, model.labels)
     if work.judge is not None and ready.numbers is not None:
         row |= work.judge.columns(model, placements, logits, prediction.label_zyx, ready.numbers)
+    elif work.training is not None and ready.numbers is not None:
+        whole = combined(ready.numbers, describe_mask(prediction.label_zyx, ready.image_grid, model.labels))
+        row["unusual"] = "; ".join(unusual(whole, work.training))
     like = Path(case.images[0])
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.begin(case, row)
@@ -357,6 +374,7 @@ def _finish(work: _Work, case: CaseFiles, ready: _Ready, logits: list[torch.Tens
         write_probabilities(folder.uncertainty(case), prediction.uncertainty_kzyx, ready.image_grid, like)
     write_label(folder.mask(case), prediction.label_zyx, ready.image_grid, like)
     folder.end(case, {**row, "seconds_write": f"{time.perf_counter() - begin:.3f}"})
+    return row.get("unusual", "")
 
 
 def _row(
