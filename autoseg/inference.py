@@ -290,7 +290,8 @@ class Model:
         shares, temperatures = [m.weight for m in self.members], [m.temperature for m in self.members]
         tempered = probabilities and set(temperatures) != {1.0}
         dense = (probabilities and not tempered) or needs_probabilities(self.postprocessing)
-        half = all(member.plan.arithmetic == "nnunet" for member in self.members)
+        plans = [member.plan for member in self.members]  # nnU-Net's resampling with torch gives float32
+        half = all(plan.arithmetic == "nnunet" and plan.resampling == "cubic" for plan in plans)
         inside, probable = restore_ensemble(members, self._region_values, dense, shares, half)
         if self.postprocessing:
             spacing = placements[0].stored.spacing

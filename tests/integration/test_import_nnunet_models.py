@@ -77,7 +77,8 @@ def model_folder(
     folder.mkdir(parents=True)
     (folder / "plans.json").write_text(json.dumps({
         "dataset_name": "Dataset001_X", "plans_name": "nnUNetPlans", "image_reader_writer": "SimpleITKIO",
-        "transpose_forward": [0, 1, 2], "experiment_planner_used": "ExperimentPlanner", "label_manager": "LabelManager", "configurations": configurations,
+        "transpose_forward": [0, 1, 2], "experiment_planner_used": "ExperimentPlanner",
+        "label_manager": "LabelManager", "configurations": configurations,
         "foreground_intensity_properties_per_channel": {"0": STATISTICS},
     }))
     (folder / "dataset.json").write_text(json.dumps(
@@ -111,7 +112,10 @@ def save_fold(
     with torch.no_grad():
         generator = torch.Generator().manual_seed(seed)
         for parameter in network.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+            parameter.add_((0.2 if parameter.ndim > 1 else 0.05) * torch.randn(parameter.shape, generator=generator))
+        for name in network.description.heads:  # so that no label is everywhere
+            weight = network.get_parameter(f"units.{name}.weight")
+            weight.sub_(weight.mean(1, keepdim=True))
     (folder / f"fold_{fold}").mkdir(exist_ok=True)
     optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9)
     torch.save({

@@ -27,23 +27,30 @@ from autoseg.types.plan import Configuration, Plan
 
 NETWORK: dict[str, Any] = {
     "n_stages": 3, "features_per_stage": [4, 8, 16], "conv_op": "torch.nn.modules.conv.Conv3d",
-    "kernel_sizes": [[1, 3, 3], [3, 3, 3], [3, 3, 3]], "strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2]], "n_conv_per_stage": [2, 3, 2],
-    "n_conv_per_stage_decoder": [1, 2], "conv_bias": True, "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
-    "norm_op_kwargs": {"eps": 1e-05, "affine": True}, "dropout_op": None, "dropout_op_kwargs": None, "nonlin": "torch.nn.LeakyReLU",
-    "nonlin_kwargs": {"inplace": True},
+    "kernel_sizes": [[1, 3, 3], [3, 3, 3], [3, 3, 3]], "strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2]],
+    "n_conv_per_stage": [2, 3, 2], "n_conv_per_stage_decoder": [1, 2], "conv_bias": True,
+    "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+    "norm_op_kwargs": {"eps": 1e-05, "affine": True}, "dropout_op": None, "dropout_op_kwargs": None,
+    "nonlin": "torch.nn.LeakyReLU", "nonlin_kwargs": {"inplace": True},
 }
 CUBIC = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
 ENTRY: dict[str, Any] = {
-    "data_identifier": "nnUNetPlans_3d_fullres", "preprocessor_name": "DefaultPreprocessor", "batch_size": 2, "patch_size": [8, 16, 16],
-    "median_image_size_in_voxels": [20.0, 40.0, 40.0], "spacing": [3.0, 1.0, 1.0], "normalization_schemes": ["CTNormalization"],
+    "data_identifier": "nnUNetPlans_3d_fullres", "preprocessor_name": "DefaultPreprocessor", "batch_size": 2,
+    "patch_size": [8, 16, 16], "median_image_size_in_voxels": [20.0, 40.0, 40.0], "spacing": [3.0, 1.0, 1.0],
+    "normalization_schemes": ["CTNormalization"],
     "use_mask_for_norm": [False], "resampling_fn_data": "resample_data_or_seg_to_shape", "resampling_fn_data_kwargs": CUBIC,
-    "resampling_fn_seg": "resample_data_or_seg_to_shape", "resampling_fn_seg_kwargs": {**CUBIC, "is_seg": True, "order": 1},
+    "resampling_fn_seg": "resample_data_or_seg_to_shape",
+    "resampling_fn_seg_kwargs": {**CUBIC, "is_seg": True, "order": 1},
     "resampling_fn_probabilities": "resample_data_or_seg_to_shape", "resampling_fn_probabilities_kwargs": {**CUBIC, "order": 1},
-    "architecture": {"network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet", "arch_kwargs": NETWORK,
-                     "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"]},
+    "architecture": {
+        "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet", "arch_kwargs": NETWORK,
+        "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
+    },
     "batch_dice": True,
 }
-STATISTICS = {"max": 900.0, "mean": 40.0, "median": 35.0, "min": -100.0, "percentile_00_5": -80.0, "percentile_99_5": 200.0, "std": 30.0}
+STATISTICS = {
+    "max": 900.0, "mean": 40.0, "median": 35.0, "min": -100.0, "percentile_00_5": -80.0, "percentile_99_5": 200.0, "std": 30.0
+}
 PLANS: dict[str, Any] = {
     "dataset_name": "Dataset007_Organ", "plans_name": "nnUNetPlans", "image_reader_writer": "SimpleITKIO",
     "transpose_forward": [1, 0, 2], "transpose_backward": [1, 0, 2], "experiment_planner_used": "ExperimentPlanner",
@@ -54,7 +61,9 @@ PLANS: dict[str, Any] = {
         "3d_lowres": {**ENTRY, "next_stage": "3d_cascade_fullres", "spacing": [3.0, 2.0, 2.0]},
     },
 }
-DATASET: dict[str, Any] = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "organ": 1, "tumour": 2}, "file_ending": ".nii.gz"}
+DATASET: dict[str, Any] = {
+    "channel_names": {"0": "CT"}, "labels": {"background": 0, "organ": 1, "tumour": 2}, "file_ending": ".nii.gz"
+}
 
 
 def source(plans: Any = PLANS, dataset: Any = DATASET) -> Source:
@@ -123,7 +132,8 @@ def test_plans_from_before_the_architecture_entry_are_understood() -> None:
 
 
 @pytest.mark.parametrize(("reader", "orientation"), [
-    ("NibabelIO", "as_stored"), ("NaturalImage2DIO", "as_stored"), ("NibabelIOWithReorient", "RAS"), ("SimpleITKIOWithReorient", "RAS"),
+    ("NibabelIO", "as_stored"), ("NaturalImage2DIO", "as_stored"), ("NibabelIOWithReorient", "RAS"),
+    ("SimpleITKIOWithReorient", "RAS"),
 ])
 def test_readers_decide_how_images_lie(reader: str, orientation: str) -> None:
     assert make_plan(source(changed(PLANS, "image_reader_writer", reader)), {"3d_fullres": ()}).orientation == orientation
@@ -151,12 +161,12 @@ ARCHITECTURE = "configurations.3d_fullres.architecture"
 
 
 @pytest.mark.parametrize(("path", "value", "message"), [
-    (f"{ARCHITECTURE}.network_class_name", "some.where.Primus", r"network_class_name: can be imported: PlainConvUNet, Resid.*'Primus'"),
+    (f"{ARCHITECTURE}.network_class_name", "some.where.Primus", r"network_class_name: can be imported: PlainConvUNet.*Primus"),
     (f"{ARCHITECTURE}.network_class_name", "dynamic.ResidualUNet", "found 'ResidualUNet'"),
     (f"{ARCHITECTURE}.arch_kwargs.norm_op", "torch.nn.BatchNorm3d", "norm_op: only InstanceNorm3d can be imported.*BatchNorm3d"),
     (f"{ARCHITECTURE}.arch_kwargs.norm_op", None, "norm_op: only InstanceNorm3d"),
     (f"{ARCHITECTURE}.arch_kwargs.norm_op", KeyError, "norm_op is missing"),
-    (f"{ARCHITECTURE}.arch_kwargs.norm_op_kwargs", {"eps": 1e-3}, r"norm_op_kwargs\.eps: only .*1e-05 can be imported, found 0\.001"),
+    (f"{ARCHITECTURE}.arch_kwargs.norm_op_kwargs", {"eps": 1e-3}, r"norm_op_kwargs\.eps: only .*1e-05 can be imported, found 0"),
     (f"{ARCHITECTURE}.arch_kwargs.nonlin", "torch.nn.ReLU", "nonlin: only LeakyReLU can be imported, found torch.nn.ReLU"),
     (f"{ARCHITECTURE}.arch_kwargs.nonlin_kwargs", {"negative_slope": 0.2}, r"nonlin_kwargs\.negative_slope"),
     (f"{ARCHITECTURE}.arch_kwargs.nonlin_first", True, "nonlin_first"),
@@ -168,9 +178,9 @@ ARCHITECTURE = "configurations.3d_fullres.architecture"
     (f"{ARCHITECTURE}.arch_kwargs.features_per_stage", KeyError, "features_per_stage"),
     (f"{ARCHITECTURE}.arch_kwargs", None, "arch_kwargs: expected an object"),
     ("configurations.3d_fullres.normalization_schemes", ["Own"], "unknown normalization 'Own'"),
-    ("configurations.3d_fullres.preprocessor_name", "Own", "preprocessor_name: can be imported: DefaultPreprocessor; found 'Own'"),
+    ("configurations.3d_fullres.preprocessor_name", "Own", "preprocessor_name: can be imported: Default.*found 'Own'"),
     ("configurations.3d_fullres.resampling_fn_data", "own", "resampling_fn_data: can be imported"),
-    ("configurations.3d_fullres.resampling_fn_data_kwargs.order", 1, r"resampling_fn_data_kwargs\.order: only 3 can be imported, found 1"),
+    ("configurations.3d_fullres.resampling_fn_data_kwargs.order", 1, r"fn_data_kwargs\.order: only 3 can be imported, found 1"),
     ("configurations.3d_fullres.resampling_fn_data_kwargs.force_separate_z", True, "force_separate_z: only None"),
     ("configurations.3d_fullres.resampling_fn_data", "no_resampling_hack", "only None can be imported|both be resampled"),
     ("configurations.3d_fullres.patch_size", [7, 16, 16], r"patch_size\[0\] is 7"),
@@ -201,15 +211,16 @@ def test_labels_that_nnunet_cannot_have_trained_are_refused(labels: Any, message
 def small(kind: str) -> Configuration:
     return Configuration.model_validate({
         "patch_size": [8, 8], "batch_size": 2, "spacing": [1, 1], "median_shape": [8, 8], "network": {"kind": kind},
-        "strides": [[1, 1], [2, 2], [1, 2]], "kernel_sizes": [[3, 3]] * 3, "features_per_stage": [4, 8, 8], "blocks_per_stage": [1, 2, 1],
-        "decoder_blocks_per_stage": [1, 1], "batch_dice": False, "normalization": ["NoNormalization"], "use_mask_for_norm": [False],
+        "strides": [[1, 1], [2, 2], [1, 2]], "kernel_sizes": [[3, 3]] * 3, "features_per_stage": [4, 8, 8],
+        "blocks_per_stage": [1, 2, 1], "decoder_blocks_per_stage": [1, 1], "batch_dice": False,
+        "normalization": ["NoNormalization"], "use_mask_for_norm": [False],
     })
 
 
 def test_weights_of_a_plain_network_have_nnunets_names() -> None:
     """Names written down from a state dict of dynamic_network_architectures' PlainConvUNet."""
     names = foreign_names(describe(small("unet"), 1, 2))
-    units = ["encoder.stages.0.0.convs.0", "encoder.stages.1.0.convs.0", "encoder.stages.1.0.convs.1", "encoder.stages.2.0.convs.0",
+    units = [*(f"encoder.stages.{stage}.0.convs.{block}" for stage, block in ((0, 0), (1, 0), (1, 1), (2, 0))),
              "decoder.stages.0.convs.0", "decoder.stages.1.convs.0"]
     expected = {f"{unit}.{part}.{kind}" for unit in units for part in ("conv", "norm") for kind in ("weight", "bias")}
     expected |= {f"decoder.{unit}.{level}.{kind}" for unit in ("transpconvs", "seg_layers") for level in (0, 1)
