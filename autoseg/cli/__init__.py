@@ -8,7 +8,10 @@ import signal
 import sys
 from typing import NoReturn
 
-from autoseg.cli import evidence, models, networks, planning  # noqa: F401  (they add their commands, in this order)
+# isort: off
+from autoseg.cli import planning, networks, evidence, models  # noqa: F401  (they add their commands, in this order)
+
+# isort: on
 from autoseg.cli.app import app, err
 from autoseg.errors import AutosegError, CasesFailed
 from autoseg.interrupts import Interrupted

@@ -130,7 +130,7 @@ def compare(
     ],
     reference: Annotated[Path | None, typer.Option("--reference", help="References; default: those of a work folder.")] = None,
     folder: Annotated[Path, typer.Option("--out", help="Where comparison.json and comparison.png go.")] = Path("comparison"),
-    tolerance: Annotated[float | None, typer.Option(help="Tolerance of NSD in mm; default one voxel in-plane of each case.")] = None,
+    tolerance: Annotated[float | None, typer.Option(help="Tolerance of NSD in mm; default one voxel in-plane.")] = None,
     threads: ThreadsOption = None,
 ) -> None:
     """Compare masks of several models or tools on the same cases: paired differences, intervals, tests, how firm the order is."""

@@ -1,9 +1,9 @@
-"""Commands that make something to ship of trained networks: pack and export-onnx."""
+"""Commands that make something to ship of trained networks: pack, export-onnx and import-nnunet."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -49,3 +49,25 @@ def export_onnx(
 
     for path in run_export(model, folder, opset, fold_numbers(folds), average, overwrite, reporter):
         out.print(str(path), markup=False)
+
+
+@app.command("import-nnunet")
+def import_nnunet(
+    folder: Annotated[Path, typer.Argument(help="A trained nnU-Net v2 folder: plans.json, dataset.json, fold_*/.")],
+    path: Annotated[Path, typer.Option("--out", help="The model file, such as model.autoseg.")],
+    folds: Annotated[str, typer.Option(help="all, or numbers like 0,1.")] = "all",
+    checkpoint: Annotated[Literal["final", "best"], typer.Option(help="Which checkpoint of each fold.")] = "final",
+    previous: Annotated[Path | None, typer.Option("--previous", help="The first stage's folder of a cascade.")] = None,
+    postprocessing: Annotated[
+        bool, typer.Option("--postprocessing/--no-postprocessing", help="Take over what nnU-Net found in cross-validation.")
+    ] = True,
+    licence: Annotated[str, typer.Option(help="The licence's name or text, or a file that holds it.")] = "",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+) -> None:
+    """Make a model file of a trained nnU-Net v2 model, without running anything that its checkpoints hold."""
+    from autoseg.stages.import_nnunet import import_nnunet as run_import
+
+    found = run_import(
+        folder, path, fold_numbers(folds), checkpoint, previous, postprocessing, licence, overwrite, reporter
+    )
+    out.print(f"model: {found}", markup=False)

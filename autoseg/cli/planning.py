@@ -164,14 +164,14 @@ def explain(
 
 @app.command()
 def diff(
-    first: Annotated[Path, typer.Argument(metavar="WORK_A", help="A work folder.")],
-    second: Annotated[Path, typer.Argument(metavar="WORK_B", help="Another one.")],
+    work_a: Annotated[Path, typer.Argument(help="A work folder.")],
+    work_b: Annotated[Path, typer.Argument(help="Another one.")],
 ) -> None:
     """Compare two plans, and the settings of runs both folders have, with the reasons of both sides."""
     from autoseg.files.workspace import Workspace
     from autoseg.stages.diff import diff as run_diff
 
-    rows = run_diff(Workspace(first).require(), Workspace(second).require())
+    rows = run_diff(Workspace(work_a).require(), Workspace(work_b).require())
     if len(rows) == 1:
         out.print("the plans and the settings of shared runs are the same", markup=False)
     else:

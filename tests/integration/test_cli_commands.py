@@ -15,17 +15,28 @@ import pytest
 import autoseg
 
 COMMANDS = {
+    "evaluate": {"PREDICTIONS", "REFERENCES", "--out", "--tolerance", "--html", "--images", "--threads"},
+    "select": {"WORK", "--masks-only", "--crf", "--trust", "--no-trust", "--device", "--precision", "--threads"},
+    "diagnose": {"WORK", "--reference", "--name", "--threads"},
+    "report": {"WORK", "--out", "--threads"},
+    "compare": {"SOURCES...", "--reference", "--out", "--tolerance", "--threads"},
+    "reproduce": {"NAME", "--data", "--out", "--planner", "--config", "--folds", "--epochs", "--time-budget", "--device",
+        "--partial", "--set"},
+    "pack": {"WORK", "--out", "--folds", "--weights", "--run", "--licence", "--overwrite"},
+    "export-onnx": {"MODEL", "--out", "--folds", "--opset", "--average", "--overwrite"},
+    "import-nnunet": {"FOLDER", "--out", "--folds", "--checkpoint", "--previous", "--postprocessing", "--no-postprocessing",
+        "--licence", "--overwrite"},
+    "train": {"WORK", "--config", "--folds", "--name", "--device", "--epochs", "--precision", "--seed", "--threads",
+        "--time-budget", "--restart", "--set"},
+    "predict": {"MODEL", "INPUTS...", "--out", "--folds", "--mirror", "--no-mirror", "--probabilities", "--uncertainty",
+        "--device", "--precision", "--overwrite"},
     "demo": {"--out", "--kind"},
     "doctor": set(),
     "check": {"DATASET", "--json", "--threads"},
-    "plan": {"DATASET", "--out", "--planner", "--gpu-memory", "--groups", "--replan", "--threads"},
+    "plan": {"DATASET", "--out", "--planner", "--gpu-memory", "--time-budget", "--groups", "--replan", "--threads"},
+    "explain": {"WORK", "--what-if", "--measure", "--no-measure", "--device"},
+    "diff": {"WORK_A", "WORK_B"},
     "preprocess": {"WORK", "--config", "--threads"},
-    "train": {"WORK", "--config", "--folds", "--name", "--device", "--epochs", "--precision", "--seed", "--threads", "--restart",
-              "--set"},
-    "predict": {"MODEL", "INPUTS...", "--out", "--folds", "--mirror", "--no-mirror", "--probabilities", "--device", "--precision",
-                "--overwrite"},
-    "evaluate": {"PREDICTIONS", "REFERENCES", "--out", "--tolerance", "--threads"},
-    "select": {"WORK", "--threads"},
 }
 
 

@@ -147,7 +147,7 @@ def test_an_unknown_planner_is_refused_with_the_list_of_planners(cli, chest, tmp
      ("configurations.2d.normalization", "Magic", "CTNormalization")),
     (lambda p: p["configurations"]["2d"].update(spacing=[0, 1]), ("configurations.2d.spacing", "positive")),
     (lambda p: p["configurations"]["2d"].update(inherits_from="nobody"), ("inherits_from", "nobody")),
-    (lambda p: p.update(orientation="RAS"), ("orientation", "RAS")),
+    (lambda p: p.update(orientation="XYZ"), ("orientation", "XYZ")),
     (lambda p: p.update(transpose_forward=[0, 0, 1]), ("transpose_forward", "permutation")),
     (lambda p: p.pop("labels"), ("labels",)),
 ])

@@ -9,7 +9,7 @@ def test_explain_tells_every_configuration_and_what_was_set_by_hand(cli, planned
     out = cli.call("explain", planned).ok().out
     for name in json.loads((planned / "plan.json").read_text())["configurations"]:
         assert f"CONFIGURATION {name}" in out
-    assert "(planned: 32 x 64" in out and "by hand" in out and "Why: " in out and "From: " in out  # the fixture edits features and batch
+    assert "(planned: 32 x 64" in out and "by hand" in out and "Why: " in out and "From: " in out  # the fixture edits features
 
 
 def test_what_if_shows_budgets_side_by_side(cli, chest, tmp_path):

@@ -18,7 +18,7 @@ import time
 import autoseg.inference
 logits = autoseg.inference.Model.logits
 def slow(self, *arguments, **options):
-    time.sleep(0.4)
+    time.sleep(0.8)
     return logits(self, *arguments, **options)
 autoseg.inference.Model.logits = slow
 """

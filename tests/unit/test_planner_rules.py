@@ -307,7 +307,8 @@ def test_unnamed_channels_are_recognised_and_the_plan_says_so() -> None:
 
 def test_a_name_goes_before_what_the_voxels_look_like() -> None:
     plan = default.plan(*data([(1.0, 1.0, 1.0)] * 3, [(50, 50, 50)] * 3, ("MR",), True, ("CT",)))
-    assert plan.configurations["2d"].normalization == ("ZScoreNormalization",) and not any("channel" in note for note in plan.notes)
+    assert plan.configurations["2d"].normalization == ("ZScoreNormalization",)
+    assert not any("channel" in note for note in plan.notes)
 
 
 @pytest.mark.parametrize("name", PLANNERS)
