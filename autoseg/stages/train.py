@@ -72,7 +72,8 @@ def train(
     stages = [(plan.configurations[r.configuration].previous_stage, r.configuration) for r in records.values()]
     needed = list(dict.fromkeys(name for pair in stages for name in pair if name is not None))
     preprocess(workspace, needed, threads=options.threads, reporter=reporter)
-    fresh = {(name or n, fold) for n in names for fold in wanted} if options.restart else set()  # nothing that is only needed
+    asked: set[Key] = {(name or n, fold) for n in names for fold in wanted}
+    fresh = asked if options.restart else set()  # not what only a next stage needs
     work = _Work(workspace, options, reporter, interrupts or Interrupts(), fresh)
     budget = work.measure(records, spec, begun)
     for key in fresh:
