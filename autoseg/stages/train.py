@@ -76,8 +76,8 @@ def train(
     fresh = asked if options.restart else set()  # not what only a next stage needs
     work = _Work(workspace, options, reporter, interrupts or Interrupts(), fresh)
     budget = work.measure(records, spec, begun)
-    for key in fresh:
-        RunFolder(workspace.fold(*key)).clear()
+    for run, fold in fresh:
+        RunFolder(workspace.fold(run, fold)).clear()
     failures: list[str] = []
     for key, record in records.items():
         try:
