@@ -106,6 +106,7 @@ class Budget:
     paces: dict[str, Pace]
     shares: dict[tuple[str, int], Share]
     started: float = field(default_factory=time.monotonic)
+    _epoch: TrainSpec | None = None
 
     @property
     def left(self) -> float:
@@ -126,10 +127,16 @@ class Budget:
         ) - self.left
 
     def length(self, key: tuple[str, int], spec: TrainSpec) -> TrainSpec:
-        """The record of a fold that is about to begin, or to go on with epochs as long as they were."""
+        """The record of a fold that is about to begin, or to go on with epochs as long as they were.
+
+        Epochs are as long in every fold as in the first one that begins: folds then differ in their number of epochs alone, which
+        one command can make longer.
+        """
         done = self.shares[key].done
         if not done:
-            return fit_length(self.spec.model_copy(update={"precision": spec.precision}), self.steps())
+            self._epoch = self._epoch or fit_length(self.spec, self.steps())
+            shape = {name: getattr(self._epoch, name) for name in ("steps_per_epoch", "val_steps")}
+            spec = spec.model_copy(update=shape)
         return spec.model_copy(update={"epochs": self._epochs(spec, done)})
 
     def _epochs(self, spec: TrainSpec, done: int) -> int:

@@ -92,9 +92,10 @@ def simulate(monkeypatch, real_step, measured_step, seconds=600.0, folds=1):
     monkeypatch.setattr(module, "time", clock)
     shares = {("run", k): Share("a", 0, 20) for k in range(folds)}
     budget = Budget(seconds, SPEC, {"a": Pace(measured_step, 0.5)}, shares, clock.now)
-    begin = clock.now
+    begin, lengths = clock.now, set()
     for key in list(shares):
         spec = budget.length(key, SPEC)
+        lengths.add((spec.steps_per_epoch, spec.val_steps))
         training = SimpleNamespace(job=SimpleNamespace(spec=spec), step=0, epoch=0)
         start = clock.now
         while training.epoch < training.job.spec.epochs:
@@ -106,6 +107,7 @@ def simulate(monkeypatch, real_step, measured_step, seconds=600.0, folds=1):
                 training.job.spec = training.job.spec.model_copy(update={"epochs": length})
         clock.now += 20 * 0.4
         budget.finish(key, 20 * 0.4)
+    assert len(lengths) == 1  # else one command could not make all folds longer
     return clock.now - begin
 
 
