@@ -167,8 +167,10 @@ def test_the_networks_numbers_are_those_of_the_checkpoint(tmp_path: Path) -> Non
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
 def test_wrapped_networks_are_imported(tmp_path: Path, prefix: str) -> None:
     folder = model_folder(tmp_path, "2d", {"2d": entry(2)})
-    save_fold(folder, "2d", 0, prefix=prefix)
-    import_nnunet(folder, tmp_path / "model.autoseg")
+    network = save_fold(folder, "2d", 0, prefix=prefix)
+    imported = open_model(import_nnunet(folder, tmp_path / "model.autoseg"), Options(device="cpu", precision="fp32"))
+    found = imported.members[0].networks[0].state_dict()
+    assert all(torch.equal(found[key], value) for key, value in network.state_dict().items())
 
 
 def test_networks_without_biases_and_affine_normalisation_compute_the_same(tmp_path: Path) -> None:
