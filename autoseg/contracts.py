@@ -26,12 +26,14 @@ class Batch:
     """One training batch on the device.
 
     `image` is (batch, channel, *patch) float32, `label` (batch, *patch) int64 inside indices (ignore label K+1 included, voxels
-    outside the image are background). `cases` names where each sample came from.
+    outside the image are background). `cases` names where each sample came from. `labelled`, (batch, targets) bool, says which
+    targets are annotated in each sample's case; None: all of them.
     """
 
     image: torch.Tensor
     label: torch.Tensor
     cases: tuple[str, ...]
+    labelled: torch.Tensor | None = None
 
 
 class Loss(Protocol):

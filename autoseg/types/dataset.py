@@ -19,6 +19,7 @@ class CaseFiles(Record):
     group: str | None = None
     fold: int | None = None
     attributes: dict[str, str] = {}  # further manifest columns (site, scanner, ...), for results by group
+    labelled: tuple[str, ...] | None = None  # names of the labels that are annotated in this case; None: all
 
 
 class Dataset(Record):

@@ -59,6 +59,13 @@ class ScheduleSpec(Record):
     options: dict[str, Any] = {}
 
 
+class GrowthSpec(Record):
+    """How the patch grows during training; `none` trains on the planned patch from the first step to the last."""
+
+    kind: str = "none"
+    options: dict[str, Any] = {}
+
+
 class TrainSpec(Record):
     """Everything that shapes a training run, apart from the plan and the data (defaults: nnU-Net v2's recipe)."""
 
@@ -72,9 +79,12 @@ class TrainSpec(Record):
     sampler: SamplerSpec = SamplerSpec()
     optimizer: OptimizerSpec = OptimizerSpec()
     schedule: ScheduleSpec = ScheduleSpec()
+    growth: GrowthSpec = GrowthSpec()
+    ema: float = Field(default=0.0, ge=0, lt=1)  # decay of the moving average of weights that is kept as the result; 0: none
     gradient_clip: float = Field(default=12.0, gt=0)
     deep_supervision: bool = True
     precision: Precision = "auto"
+    compile: Literal["auto", "never"] = "auto"
     seed: int = Field(default=0, ge=0)
 
     @property
@@ -103,6 +113,7 @@ class RunRecord(Record):
     data: str
     device: str
     previous: str | None = None  # the run of the configuration's previous stage, whose segmentation is part of the input
+    init: str | None = None  # hash of the model whose weights training began with
     extended: tuple[int, ...] = ()  # epochs at which the run had been finished before it was made longer
     versions: dict[str, str] = {}
 
@@ -118,3 +129,4 @@ class EpochRecord(Record):
     learning_rate: float
     seconds: float
     data_wait: float
+    skipped: int = 0  # steps whose loss or gradients were not finite
