@@ -44,7 +44,8 @@ def plan(dataset: Dataset, fingerprint: Fingerprint, planner: str = "default", g
 
 
 def load(
-    path: str | Path, device: str = "auto", precision: str = "auto", folds: Sequence[int] | None = None, mirror: bool = True
+    path: str | Path, device: str = "auto", precision: str = "auto", folds: Sequence[int] | None = None, mirror: bool = True,
+    max_ram: float | None = None, gpu_memory: float | None = None,
 ) -> Model:
     """Load a model file, or the selected networks of a work folder, for prediction from Python.
 
@@ -54,6 +55,8 @@ def load(
         precision: auto, bf16, fp16 or fp32.
         folds: numbers of the folds to average; all that there are unless given.
         mirror: average over mirrored copies.
+        max_ram: GB (2**30 bytes) of main memory that the whole process may take; what is free unless given.
+        gpu_memory: GB on the card.
 
     Raises:
         RecordError: neither of the two, or a damaged or hostile file; RunError: nothing trained, or the device cannot be used.
@@ -62,7 +65,10 @@ def load(
     from autoseg.stages.predict import Options
 
     wanted = None if folds is None else tuple(folds)
-    return load_networks(Path(path), Options(folds=wanted, device=device, precision=precision, mirror=mirror))
+    options = Options(
+        folds=wanted, device=device, precision=precision, mirror=mirror, max_ram=max_ram, gpu_memory=gpu_memory
+    )
+    return load_networks(Path(path), options)
 
 
 def __getattr__(name: str) -> Any:

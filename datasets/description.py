@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,20 @@ from typing import Any
 from pydantic import ValidationError
 
 from autoseg.errors import DatasetError
-from autoseg.types.dataset import Fault
+from autoseg.types.dataset import CaseFiles, Fault
 from autoseg.types.faults import fault
 from autoseg.types.labels import Label, Labels, Region
 
 
 @dataclass(frozen=True)
 class Description:
-    """Name, channel names and labels as declared; None where nothing is said, and what could not be understood as `problems`."""
+    """Name, channel names and labels as declared, None where nothing is said; what could not be understood is in `problems`."""
 
     name: str | None = None
     channels: tuple[str, ...] | None = None
     labels: Labels | None = None
     problems: tuple[str, ...] = ()
+    labelled: tuple[tuple[str, str], ...] = ()  # case, and the labels that are annotated in it, as they are written
 
 
 def load_json(path: Path) -> Any:
@@ -64,7 +66,7 @@ def _halves(problem: str) -> tuple[str, str]:
 
 
 def describe(data: Mapping[str, Any]) -> Description:
-    """Take name, `channel_names` (or `modality`, or `channels`) and `labels` from a dataset.json or JSON manifest.
+    """Take name, `channel_names` (or `modality`, or `channels`), `labels` and `labelled` from a dataset.json or JSON manifest.
 
     What is wrong goes into `problems`, so that the rest stays usable.
     """
@@ -83,8 +85,86 @@ def describe(data: Mapping[str, Any]) -> Description:
             labels = parse_labels(data["labels"], data.get("regions_class_order"))
         except DatasetError as error:
             problems.append(str(error))
+    named, more = _labelled_cases(data.get("labelled"))
     name = data.get("name")
-    return Description(name if isinstance(name, str) and name.strip() else None, channels, labels, tuple(problems))
+    return Description(
+        name if isinstance(name, str) and name.strip() else None, channels, labels, (*problems, *more), named
+    )
+
+
+def _labelled_cases(value: Any) -> tuple[tuple[tuple[str, str], ...], list[str]]:
+    """Cases with the labels annotated in them, from {case: [name or value, ...]}, and what cannot be understood."""
+    if value is None:
+        return (), []
+    if not isinstance(value, Mapping):
+        return (), [f'labelled: expected an object such as {{"case": ["name"]}}, found {str(value)[:80]}']
+    named, problems = [], []
+    for case, items in value.items():
+        try:
+            named.append((str(case), labelled_text(items)))
+        except DatasetError as error:
+            problems.append(f"labelled.{case}: {error}")
+    return tuple(named), problems
+
+
+def labelled_text(value: Any) -> str:
+    """Annotated labels as one text, separated by semicolons. Raises DatasetError unless given names or values, or a list."""
+    items = value if isinstance(value, list) else [value]
+    if not items or any(isinstance(item, bool) or not isinstance(item, str | int) or not str(item).strip() for item in items):
+        raise DatasetError(f"expected names or values of labels, found {str(value)[:80]}")
+    return ";".join(str(item).strip() for item in items)
+
+
+def annotated(text: str, labels: Labels) -> tuple[str, ...] | None:
+    """Names of the foreground labels that `text` names, None when these are all.
+
+    It names labels or regions, or has values as on disk, separated by semicolons, commas, bars or spaces; names that hold such
+    characters are recognised. Raises DatasetError for what is not declared.
+    """
+    known = {str(label.value): {label.value} for label in labels.foreground}
+    known |= {region.name.casefold(): set(region.values) for region in labels.regions}
+    known |= {label.name.casefold(): {label.value} for label in labels.foreground}
+    pieces = _pieces(text, known)
+    unknown = [piece for piece in pieces if piece.casefold() not in known]
+    if unknown or not pieces:
+        raise DatasetError(f"expected some of {', '.join(label.name for label in labels.foreground)}, "
+                           f"found {', '.join(unknown) or 'none'}")
+    values = set().union(*(known[piece.casefold()] for piece in pieces))
+    names = tuple(label.name for label in labels.foreground if label.value in values)
+    return None if len(names) == len(labels.foreground) else names
+
+
+def _pieces(text: str, known: Mapping[str, object]) -> list[str]:
+    text = text.strip()
+    for separator in (r"[;,|]", r"\s+"):
+        parts = [part for part in re.split(separator, text) if part.strip()]
+        if len(parts) > 1 and text.casefold() not in known:
+            return [piece for part in parts for piece in _pieces(part, known)]
+    return [text.strip(";,| ")] if text.strip(";,| ") else []
+
+
+def with_annotated(
+    cases: Sequence[CaseFiles], labels: Labels, description: Description, source: object
+) -> tuple[tuple[CaseFiles, ...], list[Fault]]:
+    """The cases with the names of their annotated labels; what a manifest's own column says goes before the description.
+
+    Until then `CaseFiles.labelled` holds the text of that column. What cannot be understood is returned as faults of `source`.
+    """
+    said = dict(description.labelled)
+    faults = [fault("invalid-description", case, source, "a case of the data set", f"labelled.{case}")
+              for case in said.keys() - {case.case for case in cases}]
+    result = []
+    for case in cases:
+        text = case.labelled[0] if case.labelled else said.get(case.case)
+        names = None
+        if text is not None:
+            try:
+                names = annotated(text, labels)
+            except DatasetError as error:
+                faults.append(fault("invalid-description", case.case, source, *_halves(f"labelled: {error}"),
+                                    "name the labels that are annotated in this case as they are declared"))
+        result.append(case.model_copy(update={"labelled": names}))
+    return tuple(result), faults
 
 
 def channel_names(value: Any, where: str = "channel_names") -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from autoseg.datasets.description import Description, describe_beside, describe_data, load_json
+from autoseg.datasets.description import Description, describe_beside, describe_data, labelled_text, load_json
 from autoseg.datasets.msd import listed_case
 from autoseg.datasets.naming import Listing, stem
 from autoseg.errors import DatasetError
@@ -18,9 +18,9 @@ from autoseg.types.dataset import CaseFiles, Fault
 from autoseg.types.faults import fault
 
 MANIFEST_ENDINGS = (".csv", ".json")
-COLUMNS = ("image (or image_<channel name>, or image_0, image_1, ...), label; if wanted: case, group, fold, and more for results "
-           "by site, scanner, ...")
-KNOWN = ("case", "label", "group", "fold", "image")
+COLUMNS = ("image (or image_<channel name>, or image_0, image_1, ...), label; if wanted: case, group, fold, "
+           "labelled (the labels annotated in that case), and more for results by site, scanner, ...")
+KNOWN = ("case", "label", "group", "fold", "image", "labelled")
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,9 @@ def _case(path: Path, row: Mapping[str, str], columns: Sequence[str], number: in
         faults.append(fault("invalid-description", name, path, "a fold number 0, 1, ...", f"fold {fold!r} in row {number}"))
         fold = ""
     more = {key: value for key, value in row.items() if key and value and not _is_known(key)}
-    update = {"group": row.get("group") or None, "fold": int(float(fold)) if fold else None, "attributes": more}
+    labelled = (row["labelled"],) if row.get("labelled") else None  # as it is written, until the labels are known
+    update = {"group": row.get("group") or None, "fold": int(float(fold)) if fold else None, "attributes": more,
+              "labelled": labelled}
     return case.model_copy(update=update), faults
 
 
@@ -179,11 +181,20 @@ def _json_row(entry: Mapping[str, Any], channels: tuple[str, ...] | None, where:
             single = len(parts) == 1 and not isinstance(value, Mapping)
             for name, item in parts:
                 row["image" if single else f"image_{name}"] = _text(item, f"{where}.{key}")
+        elif key == "labelled" and isinstance(value, list):
+            row[key] = _labelled(value, f"{where}.{key}")
         elif _is_known(key):
             row[key] = _text(value, f"{where}.{key}")
         elif isinstance(value, str | int | float):
             row[key] = str(value).lower() if isinstance(value, bool) else str(value).strip()
     return row
+
+
+def _labelled(value: list[Any], where: str) -> str:
+    try:
+        return labelled_text(value)
+    except DatasetError as error:
+        raise DatasetError(f"{where}: {error}") from None
 
 
 def _text(value: Any, where: str) -> str:

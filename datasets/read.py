@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from autoseg.datasets.description import labels_from_values, load_json
+from autoseg.datasets.description import labels_from_values, load_json, with_annotated
 from autoseg.datasets.folder import find_pair, read_folder
 from autoseg.datasets.manifest import MANIFEST_ENDINGS, read_manifest
 from autoseg.datasets.msd import is_msd, read_msd
@@ -32,7 +32,7 @@ FORMS = """a data set is one of
   a folder with images/ and labels/ (CASE.ext or CASE_0000.ext, and CASE.ext)
   an nnU-Net raw folder (dataset.json, imagesTr/ and labelsTr/)
   a Medical Segmentation Decathlon folder (dataset.json with a training list)
-  a .csv or .json manifest (columns image or image_<channel name>, label; if wanted case, group, fold)"""
+  a .csv or .json manifest (columns image or image_<channel name>, label; if wanted case, group, fold, labelled)"""
 
 
 def read_dataset(path: Path, *, groups: Literal["auto", "none"] = "auto") -> tuple[Dataset | None, list[Fault]]:
@@ -51,7 +51,8 @@ def read_dataset(path: Path, *, groups: Literal["auto", "none"] = "auto") -> tup
     channels, named = _channels(listing)
     labels, more = _labels(listing)
     cases, groups_from = _grouped(listing.cases, groups)
-    faults += more
+    cases, unclear = with_annotated(cases, labels, listing.description, listing.root)
+    faults += [*more, *unclear]
     faults += [fault("lossy-label", c.case, c.label, "a lossless format", Path(c.label).suffix)
                for c in cases if c.label and c.label.lower().endswith(LOSSY)]
     splits = next((listing.root / name for name in ("splits.json", "splits_final.json") if (listing.root / name).is_file()), None)

@@ -2,37 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from autoseg.contracts import Batch, Loss
-from autoseg.errors import PluginError, RunError
-from autoseg.networks.build import build
+from autoseg.networks.build import Network, build
 from autoseg.networks.describe import describe
-from autoseg.networks.hardware import Resolved, autocast, is_out_of_memory, peak_memory_bytes, reset_peak
-from autoseg.trainers.augment import DefaultAugmentation
+from autoseg.networks.hardware import Resolved, autocast, is_out_of_memory
+from autoseg.trainers.average import Average
+from autoseg.trainers.forward import Forward, worth_compiling
+from autoseg.trainers.loading import Loader, Wanted, make_loader
 from autoseg.trainers.losses import Targets, head_count, make_loss
-from autoseg.trainers.sampling import TRAINING, VALIDATION, Loader, PatchSource, Sampler
+from autoseg.trainers.optimizers import make_optimizer
+from autoseg.trainers.ranks import Ranks
+from autoseg.trainers.sampling import TRAINING, VALIDATION, PatchSource
 from autoseg.trainers.schedule import make_schedule
+from autoseg.trainers.setbacks import NotFinite, Setbacks, cases_with_bad_images
+from autoseg.trainers.state import NETWORK, State, Tally, capture, finite, on_cpu, restore
+from autoseg.trainers.targets import count_overlap, with_labelled
 from autoseg.types.labels import Labels
 from autoseg.types.plan import Configuration
-from autoseg.types.run import EpochRecord, OptimizerSpec, TrainSpec
+from autoseg.types.run import EpochRecord, TrainSpec
 
 
 @dataclass(frozen=True)
 class Job:
     """Everything one fold's training needs; `validation` may be empty (then there is no pseudo Dice).
 
-    With `previous_labels` K > 0 the network also sees the previous stage's segmentation, as K one-hot channels.
+    With `previous_labels` K > 0 the network also sees the previous stage's segmentation, as K one-hot channels. `labelled` holds
+    for each case in which not every target is annotated the indices of those that are.
     """
 
     configuration: Configuration
@@ -46,24 +52,19 @@ class Job:
     precision: Resolved
     threads: int
     previous_labels: int = 0
-
-
-@dataclass(frozen=True)
-class State:
-    """A run frozen between two steps: tensors by name, and plain numbers for JSON."""
-
-    tensors: dict[str, torch.Tensor]
-    numbers: dict[str, float | int | list[float]]
+    labelled: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    ranks: Ranks | None = None  # where several processes train together
 
 
 class Training:
-    """One fold in training; steps and samples are numbered, so going on from a saved state repeats and skips nothing."""
+    """One fold in training; steps and samples are numbered, so going on from a saved state repeats and skips nothing.
+
+    `notices` gathers what somebody should be told; whoever tells it empties the list.
+    """
 
     def __init__(self, job: Job) -> None:
         self.job = job
         spec, configuration = job.spec, job.configuration
-        _require("augmentation", spec.augment.kind, "default", spec.augment.options)
-        _require("sampler", spec.sampler.kind, "reference", spec.sampler.options)
         self._factor = make_schedule(spec.schedule)
         description = describe(configuration, job.channels + job.previous_labels, job.labels.output_count)
         self.network = build(description, seed=(spec.seed * 1000 + job.fold) % 2**63).to(job.device)
@@ -73,9 +74,14 @@ class Training:
         self.optimizer = make_optimizer(self.network, spec.optimizer)
         self.scaler = torch.amp.GradScaler(job.device.type, enabled=job.precision == "fp16")
         self.targets = Targets.of(job.labels)
+        self.average = Average(self.network, spec.ema) if spec.ema else None
+        self.forward = Forward(self.network, worth_compiling(job.device, spec.compile, spec.total_steps))
         self.epoch, self.step_in_epoch = 0, 0
-        self._losses: list[float] = []
-        self._waited, self._seconds = 0.0, 0.0
+        self.tally = Tally()
+        self.setbacks = Setbacks(self._folder_of)
+        self.good = on_cpu(self.network.state_dict())  # weights to go back to
+        self.notices: list[str] = []
+        self._loader(job.training).close()  # settings that make no sense are told at once
 
     @property
     def step(self) -> int:
@@ -85,149 +91,164 @@ class Training:
     def run(self, after_step: Callable[[], None] = lambda: None) -> Iterator[EpochRecord]:
         """Train to the end, yielding one record per epoch; `after_step` may save the state, or raise to stop.
 
+        Steps whose loss or gradients are not finite are skipped, as `Setbacks` says.
+
         Raises:
-            RunError: the loss became NaN or infinite; the message names the step and its cases.
+            RunError: that happened too often; the message is a diagnosis.
         """
         loader = self._loader(self.job.training)
         validation_loader = self._loader(self.job.validation) if self.job.validation and self.job.spec.val_steps else None
-        batches = loader.batches(TRAINING, self.step, sys.maxsize)
+        batches = self._batches(loader)
         try:
             while self.epoch < self.job.spec.epochs:
                 while self.step_in_epoch < self.job.spec.steps_per_epoch:
                     begin = time.perf_counter()
                     batch = next(batches)
-                    waited = time.perf_counter() - begin
-                    self._losses.append(self.train_step(batch))
+                    self.tally.waited += time.perf_counter() - begin
+                    try:
+                        self.tally.losses.append(self.train_step(batch))
+                    except NotFinite as problem:
+                        self._skip(batch, str(problem))
                     self.step_in_epoch += 1
-                    self._waited += waited
-                    self._seconds += time.perf_counter() - begin
+                    self.tally.seconds += time.perf_counter() - begin
                     after_step()
                 yield self._finish_epoch(validation_loader)
         finally:
-            batches.close()  # type: ignore[attr-defined]
+            batches.close()
             loader.close()
             if validation_loader:
                 validation_loader.close()
+
+    def _batches(self, loader: Loader) -> Generator[Batch]:
+        """Training batches from the present step on; reading ahead begins anew where a step is not the one after the last."""
+        while True:
+            begun, length = self.step, self.job.spec.total_steps
+            loader.recipes = loader.recipes.over(length)
+            part = None if self.job.ranks is None else self.job.ranks.part
+            with contextlib.closing(loader.batches(TRAINING, begun, sys.maxsize, part)) as ahead:
+                for following, batch in enumerate(ahead, start=begun + 1):
+                    yield batch
+                    if self.step != following or self.job.spec.total_steps != length:
+                        break
 
     def set_length(self, epochs: int) -> None:
         """Make the run shorter or longer: from the next step on the schedule is that of a run of `epochs` epochs."""
         self.job = dataclasses.replace(self.job, spec=self.job.spec.model_copy(update={"epochs": epochs}))
 
     def train_step(self, batch: Batch) -> float:
-        """One optimiser step; returns the loss. Out of memory splits the batch into micro-batches, with the same result."""
+        """One optimiser step; returns the loss. Out of memory splits the batch into micro-batches, with the same result.
+
+        Raises:
+            NotFinite: the loss or a gradient is not finite; nothing was changed.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate(self.step)
         self.network.train()
-        value = self._gradients_that_fit(batch)
+        loss = self._gradients_that_fit(with_labelled(batch, self.job.labelled, len(self.job.labels.targets)))
         self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.network.parameters(), self.job.spec.gradient_clip)
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.job.spec.gradient_clip)
+        value, length = torch.stack([loss.float(), norm.float()]).tolist()  # here, and only here, a step waits for the device
+        if not math.isfinite(value) or not (math.isfinite(length) or self._scale_was_too_large()):
+            self.optimizer.zero_grad(set_to_none=True)
+            self.scaler.update()
+            raise NotFinite(f"the loss became {value}" if not math.isfinite(value) else "a gradient became NaN or infinite")
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return value
+        if self.average:
+            self.average.update(self.network)
+        return float(value)
 
-    def _gradients_that_fit(self, batch: Batch) -> float:
-        """Gradients of the batch, in halves of halves until they fit into memory."""
+    def _scale_was_too_large(self) -> bool:
+        """Whether infinite gradients only mean that fp16's scaling tried too much: then it skips the step itself."""
+        return self.scaler.is_enabled() and self.scaler.get_scale() >= 1
+
+    def _skip(self, batch: Batch, problem: str) -> None:
+        """Count a step that was not made; after too many of them go back to the last good weights, without momentum."""
+        cases, bad = self._on_any_rank(batch.cases), self._on_any_rank(cases_with_bad_images(batch))
+        go_back = self.setbacks.after(self.step, cases, bad, problem, self.notices.append)
+        self.tally.skipped += 1
+        if go_back:
+            self.network.load_state_dict(self.good)
+            self.optimizer.state.clear()
+            if self.average:
+                self.average.begin(self.good)
+
+    def _on_any_rank(self, cases: Sequence[str]) -> Sequence[str]:
+        """The cases that any of several processes names, so that all decide the same."""
+        ranks, device = self.job.ranks, self.job.device
+        if ranks is None:
+            return cases
+        return [one.name for one in self.job.training if ranks.any(int(one.name in cases), device)]
+
+    def _gradients_that_fit(self, batch: Batch) -> torch.Tensor:
+        """Gradients of the batch, in halves of halves until they fit into memory; compiled until that fails."""
         while True:
             self.optimizer.zero_grad(set_to_none=True)
             try:
                 return self._gradients(batch)
-            except RuntimeError as error:
-                if self.micro_batch == 1 or not is_out_of_memory(error):
+            except Exception as error:  # compilers fail in many ways
+                without = self.forward.give_up(error)
+                fits_in_parts = isinstance(error, RuntimeError) and is_out_of_memory(error) and self.micro_batch > 1
+                if not without and not fits_in_parts:
                     raise
+            if without:
+                self.notices.append(f"training goes on without compilation, which failed: {self.forward.failure}")
+                continue
             self.micro_batch = (self.micro_batch + 1) // 2  # outside the handler, whose traceback holds the tensors
             if self.job.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _gradients(self, batch: Batch) -> float:
+    def _gradients(self, batch: Batch) -> torch.Tensor:
         """Leave the gradients of the loss in the parameters and return the loss.
 
         With micro-batches the loss is still that of the whole batch, so that Dice over the batch and the means over annotated
         voxels stay what they are: all outputs first, without a graph; the gradient of the loss with respect to them; then each
         micro-batch once more, with a graph, from that gradient back. No layer mixes samples, so the sum is the whole gradient.
+        Several ranks do the same, each with the micro-batches of its own part.
         """
-        parts = torch.split(batch.image, self.micro_batch)
-        if len(parts) == 1:
+        ranks, parts = self.job.ranks, torch.split(batch.image, self._at_once(batch))
+        if len(parts) == 1 and ranks is None:
             loss = self._loss(self._outputs(batch.image), batch)
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-            return float(loss.detach())
-        with torch.no_grad():
-            columns = zip(*(self._outputs(part) for part in parts), strict=True)
-            outputs = [torch.cat(column).requires_grad_() for column in columns]
-        loss = self._loss(outputs, batch)
+            return loss.detach()
+        with torch.set_grad_enabled(len(parts) == 1):
+            columns = list(zip(*(self._outputs(part) for part in parts), strict=True))
+        own = [column[0] if len(column) == 1 else torch.cat(column) for column in columns]
+        whole = batch if ranks is None else ranks.whole(batch, len(self.job.labels.targets))
+        outputs = [(one.detach() if ranks is None else ranks.gather(one, len(whole.image))).requires_grad_() for one in own]
+        loss = self._loss(outputs, whole)
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        slopes = zip(*(torch.split(output.grad, self.micro_batch) for output in outputs if output.grad is not None), strict=True)
-        for part, slope in zip(parts, slopes, strict=True):
-            torch.autograd.backward(self._outputs(part), slope)
-        return float(loss.detach())
+        mine = slice(None) if ranks is None else ranks.part(len(whole.image))
+        used = [(one, output.grad[mine]) for one, output in zip(own, outputs, strict=True) if output.grad is not None]
+        if len(parts) == 1:
+            torch.autograd.backward([one for one, _ in used], [slope for _, slope in used])
+        else:
+            slopes = zip(*(torch.split(slope, self._at_once(batch)) for _, slope in used), strict=True)
+            for part, slope in zip(parts, slopes, strict=True):
+                torch.autograd.backward(self._outputs(part)[: len(slope)], slope)
+        if ranks is not None:
+            ranks.add_gradients(self.network.parameters())
+        return loss.detach()
 
-    def _outputs(self, image: torch.Tensor) -> list[torch.Tensor]:
+    def _at_once(self, batch: Batch) -> int:
+        """Samples of a batch that go through the network together: as many voxels as in a micro-batch of planned patches."""
+        return self.micro_batch * math.prod(self.job.configuration.patch_size) // math.prod(batch.label.shape[1:])
+
+    def _outputs(self, image: torch.Tensor, network: Network | None = None) -> list[torch.Tensor]:
         with autocast(self.job.device, self.job.precision):
-            outputs: list[torch.Tensor] = self.network(image, self.heads)
+            outputs: list[torch.Tensor] = (network or self.forward)(image, self.heads)
         return outputs
 
     def _loss(self, outputs: list[torch.Tensor], batch: Batch) -> torch.Tensor:
-        loss = self.loss(outputs, batch, self.step / self.job.spec.total_steps)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise RunError(
-                f"the loss became {value} at step {self.step} on cases {', '.join(batch.cases)}; the last checkpoint is intact. "
-                "Look at these cases with autoseg check, or lower --set optimizer.lr"
-            )
-        return loss
+        return self.loss(outputs, batch, self.step / self.job.spec.total_steps)
 
     def state(self) -> State:
-        """All that going on exactly here needs (shares memory with the training: save it before the next step).
-
-        Raises:
-            RunError: the weights are not finite.
-        """
-        tensors = {f"network.{name}": value for name, value in self.weights().items()}
-        parameters = dict(self.network.named_parameters())
-        for name, parameter in parameters.items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                if isinstance(value, torch.Tensor):
-                    tensors[f"optimizer.{key}.{name}"] = value
-        numbers: dict[str, float | int | list[float]] = {
-            "epoch": self.epoch,
-            "step_in_epoch": self.step_in_epoch,
-            "losses": list(self._losses),
-            "waited": self._waited,
-            "seconds": self._seconds,
-            "micro_batch": self.micro_batch,
-            "scale": float(self.scaler.get_scale()),
-            "scale_age": int(self.scaler.state_dict().get("_growth_tracker", 0)),
-        }
-        return State(tensors, numbers)
+        """All that going on exactly here needs. Raises RunError when the weights are not finite."""
+        return capture(self)
 
     def restore(self, state: State) -> None:
-        """Go back to a saved state.
-
-        Raises:
-            RunError: the tensors do not fit the network.
-        """
-        network = {n.removeprefix("network."): t for n, t in state.tensors.items() if n.startswith("network.")}
-        try:
-            self.network.load_state_dict(network)
-        except RuntimeError as error:
-            raise RunError(f"the checkpoint does not fit the network: {str(error).splitlines()[0]}") from None
-        slots: dict[str, dict[str, torch.Tensor]] = {}
-        for path, value in state.tensors.items():
-            if path.startswith("optimizer."):
-                _, key, name = path.split(".", 2)
-                slots.setdefault(name, {})[key] = value
-        for name, parameter in self.network.named_parameters():
-            if name in slots:
-                self.optimizer.state[parameter] = {
-                    key: value.to("cpu" if value.ndim == 0 else parameter.device, copy=True) for key, value in slots[name].items()
-                }
-        numbers = {"step_in_epoch": 0, "losses": [], "waited": 0.0, "seconds": 0.0, **state.numbers}
-        self.epoch, self.step_in_epoch = int(numbers["epoch"]), int(numbers["step_in_epoch"])  # type: ignore[arg-type]
-        self._losses = list(numbers["losses"])  # type: ignore[arg-type]
-        self._waited, self._seconds = float(numbers["waited"]), float(numbers["seconds"])  # type: ignore[arg-type]
-        self.micro_batch = int(numbers.get("micro_batch", self.batch_size))  # type: ignore[arg-type]
-        if self.scaler.is_enabled() and "scale" in numbers:
-            saved = {"scale": float(numbers["scale"]), "_growth_tracker": int(numbers["scale_age"])}  # type: ignore[arg-type]
-            self.scaler.load_state_dict({**self.scaler.state_dict(), **saved})
+        """Go back to a saved state. Raises RunError when its tensors do not fit the network."""
+        restore(self, state)
 
     def start_from(self, weights: dict[str, torch.Tensor], epochs: int) -> None:
         """Go on from weights trained for `epochs` epochs, in a longer run; the optimiser's momentum starts at zero.
@@ -235,150 +256,67 @@ class Training:
         Raises:
             RunError: the weights do not fit the network.
         """
-        self.restore(State({f"network.{name}": value for name, value in weights.items()}, {"epoch": epochs}))
+        self.restore(State({NETWORK + name: value for name, value in weights.items()}, {"epoch": epochs}))
+
+    @property
+    def result(self) -> Network:
+        """The network whose weights are the run's result: the one in training, or the moving average."""
+        return self.average.network if self.average else self.network
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The network's parameters by name.
-
-        Raises:
-            RunError: they are not finite, so that nothing ever saves such weights.
-        """
-        weights = dict(self.network.state_dict())
-        if not all(bool(value.isfinite().all()) for value in weights.values()):
-            raise RunError(
-                f"the weights are no longer finite after step {self.step}; the last checkpoint is intact. "
-                "Lower --set optimizer.lr, or train with --precision fp32"
-            )
-        return weights
+        """The result's parameters by name. Raises RunError when they are not finite, so that nothing ever saves such weights."""
+        return finite(dict(self.result.state_dict()), self.step)
 
     def _learning_rate(self, step: int) -> float:
         spec = self.job.spec
-        return spec.optimizer.lr * self._factor(step / spec.total_steps)
+        return spec.optimizer.lr * self._factor(step / spec.total_steps) * 0.5**self.setbacks.returns
+
+    def _folder_of(self, case: str) -> str:
+        """Where a preprocessed case lies, if it lies anywhere."""
+        return next((str(getattr(one, "folder", "")) for one in self.job.training if one.name == case), "")
 
     def _loader(self, cases: Sequence[PatchSource]) -> Loader:
-        job, configuration = self.job, self.job.configuration
-        axes = job.spec.mirror_axes(configuration)
-        augmentation = DefaultAugmentation.from_configuration(configuration, job.channels, axes, job.previous_labels)
-        sampler = Sampler(
-            cases, augmentation.patch, self.batch_size, job.spec.sampler.foreground, augmentation, job.spec.seed, job.fold
-        )
-        return Loader(sampler, configuration.use_mask_for_norm, job.device, job.threads, configuration.dims)
+        job = self.job
+        wanted = Wanted(job.spec, job.configuration, job.fold, job.channels, job.previous_labels)
+        return make_loader(wanted, cases, job.device, job.threads)
 
     def _finish_epoch(self, loader: Loader | None) -> EpochRecord:
         begin = time.perf_counter()
         val_loss, pseudo_dice = self._validate(loader) if loader else (None, {})
-        self._seconds += time.perf_counter() - begin
+        tally, self.tally = self.tally, Tally()
+        tally.seconds += time.perf_counter() - begin
         record = EpochRecord(
             epoch=self.epoch,
             step=self.step,
-            train_loss=sum(self._losses) / len(self._losses),
+            train_loss=sum(tally.losses) / len(tally.losses) if tally.losses else math.nan,
             val_loss=val_loss,
             pseudo_dice=pseudo_dice,
             learning_rate=self._learning_rate(self.step - 1),
-            seconds=self._seconds,
-            data_wait=self._waited / max(self._seconds, 1e-9),
+            seconds=tally.seconds,
+            data_wait=tally.waited / max(tally.seconds, 1e-9),
+            skipped=tally.skipped,
         )
         self.epoch, self.step_in_epoch = self.epoch + 1, 0
-        self._losses, self._waited, self._seconds = [], 0.0, 0.0
+        if not self.setbacks.just_before(self.step) and all(bool(p.isfinite().all()) for p in self.network.parameters()):
+            self.good = on_cpu(self.weights())
         return record
 
     @torch.no_grad()
     def _validate(self, loader: Loader) -> tuple[float, dict[str, float | None]]:
         """Loss and pooled Dice per target over `val_steps` random validation batches."""
         job, steps = self.job, self.job.spec.val_steps
-        self.network.eval()
+        network = self.result.eval()
         counts = torch.zeros(3, len(job.labels.targets), dtype=torch.float64)
         loss = 0.0
         for batch in loader.batches(VALIDATION, self.epoch * steps, (self.epoch + 1) * steps):
-            columns = zip(*(self._outputs(part) for part in torch.split(batch.image, self.micro_batch)), strict=True)
+            batch = with_labelled(batch, job.labelled, len(job.labels.targets))
+            columns = zip(*(self._outputs(part, network) for part in torch.split(batch.image, self.micro_batch)), strict=True)
             outputs = [torch.cat(column) for column in columns]
             loss += float(self.loss(outputs, batch, self.step / job.spec.total_steps)) / steps
-            counts += _overlap(outputs[0], batch.label, self.targets)
+            counts += count_overlap(outputs[0], batch.label, self.targets, batch.labelled)
         both, predicted, true = counts.tolist()
         dice = {
             name: (2 * both[i] / (predicted[i] + true[i]) if predicted[i] + true[i] else None)
             for i, (name, _) in enumerate(job.labels.targets)
         }
         return loss, dice
-
-
-def _overlap(logits: torch.Tensor, label: torch.Tensor, targets: Targets) -> torch.Tensor:
-    """Voxels in both, predicted, and true, for each target: (3, targets)."""
-    valid = targets.valid(label)
-    mask = torch.ones_like(label, dtype=torch.bool) if valid is None else valid
-    if targets.regions:
-        found, true = logits > 0, targets.dense(label) > 0
-        axes = (0, *range(2, logits.ndim))
-        keep = mask[:, None]
-        return torch.stack([(found & true & keep).sum(axes), (found & keep).sum(axes), (true & keep).sum(axes)]).cpu().double()
-    found, true, classes = logits.argmax(1)[mask], label[mask], targets.classes
-    both = torch.bincount(true[found == true], minlength=classes)
-    counts = torch.stack([both, torch.bincount(found, minlength=classes), torch.bincount(true, minlength=classes)])
-    return counts[:, 1:classes].cpu().double()
-
-
-def make_optimizer(network: nn.Module, spec: OptimizerSpec) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum, or AdamW; `options` go to torch's class of that name.
-
-    Raises:
-        RunError: unknown kind, or options that torch does not take.
-    """
-    kinds: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
-        "sgd": (torch.optim.SGD, {"momentum": spec.momentum, "nesterov": spec.momentum > 0}),
-        "adamw": (torch.optim.AdamW, {}),
-    }
-    if spec.kind not in kinds:
-        raise RunError(f"unknown optimizer {spec.kind!r}; choose from {', '.join(kinds)}")
-    kind, own = kinds[spec.kind]
-    try:
-        return kind(network.parameters(), **{"lr": spec.lr, "weight_decay": spec.weight_decay, **own, **spec.options})
-    except (TypeError, ValueError) as error:
-        raise RunError(f"optimizer {spec.kind} cannot be made with options {spec.options}: {error}") from None
-
-
-def _require(family: str, kind: str, known: str, options: Mapping[str, object]) -> None:
-    """Refuse what would otherwise be ignored."""
-    if kind != known:
-        raise PluginError(f"unknown {family} {kind!r}; choose from {known}")
-    if options:
-        raise PluginError(f"{family} {kind!r} takes no options, found {', '.join(options)}")
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A training step as measured: seconds, reading and augmentation included, the peak of a GPU's memory, the micro-batch."""
-
-    seconds: float
-    peak_bytes: int | None
-    micro_batch: int
-
-
-def measure_step(job: Job, seconds: float = 0.0, steps: int = 3) -> Measured:
-    """Run at least `steps` steps of this job, for at least `seconds`, on a network that is thrown away."""
-    training = Training(job)
-    loader = training._loader(job.training)
-    times: list[float] = []
-    reset_peak(job.device)
-    begin = start = time.perf_counter()
-    batches = loader.batches(TRAINING, 0, sys.maxsize)
-    try:
-        for batch in batches:
-            training.train_step(batch)
-            if job.device.type == "cuda":
-                torch.cuda.synchronize(job.device)
-            now = time.perf_counter()
-            times.append(now - begin)
-            begin = now
-            if len(times) > steps and now - start >= seconds:
-                break
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise RunError(
-            f"out of memory on {job.device} even with one patch at a time; plan smaller patches: autoseg plan DATASET --out WORK "
-            "--replan --planner fit --gpu-memory GB"
-        ) from None
-    finally:
-        batches.close()  # type: ignore[attr-defined]
-        loader.close()
-    return Measured(statistics.mean(times[1:]), peak_memory_bytes(job.device), training.micro_batch)  # the first one warms up

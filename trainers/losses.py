@@ -1,102 +1,247 @@
-"""Losses on labels or regions, with an ignore label, with deep supervision."""
+"""Losses on labels or regions, with an ignore label, partly labelled cases and deep supervision."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
+import numpy as np
 import torch
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+from numpy.typing import NDArray
+from pydantic import ConfigDict, Field, ValidationError
 
 from autoseg.contracts import Batch, Loss
 from autoseg.errors import PluginError
 from autoseg.plugins import resolve
+from autoseg.trainers.targets import Head, Targets, strided
 from autoseg.types.labels import Labels
+from autoseg.types.record import Record
 from autoseg.types.run import LossSpec
 
+__all__ = ["TERMS", "DeepSupervision", "Targets", "head_count", "make_loss", "signed_distance"]
+
 SMOOTH = 1e-5  # nnU-Net's soft Dice
+_LEAST = 1e-6  # below it a power's slope is not followed: it would become infinite
 
 
-@dataclass(frozen=True)
-class Targets:
-    """How inside label indices (0 to `labels`) become targets: softmax classes, or one sigmoid output per region."""
-
-    classes: int
-    ignore_index: int | None
-    regions: tuple[tuple[int, ...], ...]
-    labels: int
-
-    @classmethod
-    def of(cls, labels: Labels) -> Targets:
-        """Targets of a label record."""
-        regions = tuple(indices for _, indices in labels.targets) if labels.regions else ()
-        return cls(labels.output_count, labels.ignore_index, regions, len(labels.foreground))
-
-    def valid(self, label: torch.Tensor) -> torch.Tensor | None:
-        """Mask of voxels that are annotated, or None when all are."""
-        return None if self.ignore_index is None else label != self.ignore_index
-
-    def dense(self, label: torch.Tensor) -> torch.Tensor:
-        """(batch, *size) indices -> (batch, classes, *size) float32 in {0, 1}; ignored voxels count as background."""
-        if self.ignore_index is not None:
-            label = torch.where(label == self.ignore_index, 0, label)
-        if self.regions:
-            table = torch.zeros(len(self.regions), self.labels + 1, device=label.device)
-            for row, region in enumerate(self.regions):
-                table[row, list(region)] = 1
-            return table[:, label].movedim(0, 1)
-        classes = torch.arange(self.classes, device=label.device).view(1, -1, *[1] * (label.ndim - 1))
-        return (label[:, None] == classes).float()
-
-
-def soft_dice(logits: torch.Tensor, label: torch.Tensor, targets: Targets, batch_dice: bool) -> torch.Tensor:
-    """Minus the mean soft Dice over classes (background left out for softmax), per sample or over the batch.
+def soft_dice(head: Head) -> torch.Tensor:
+    """Minus the mean soft Dice over targets (background left out for softmax), per sample or over the batch.
 
     Dice = (2 sum p t + s) / (sum p + sum t + s) with s = 1e-5 (Drozdzal et al. 2016, as in nnU-Net).
     """
-    probabilities = logits.sigmoid() if targets.regions else logits.softmax(1)
-    dense = targets.dense(label)
-    if not targets.regions:
-        probabilities, dense = probabilities[:, 1:], dense[:, 1:]
-    valid = targets.valid(label)
-    if valid is not None:
-        mask = valid[:, None].float()
-        probabilities, dense = probabilities * mask, dense * mask
-    axes = tuple(range(2, logits.ndim)) if not batch_dice else (0, *range(2, logits.ndim))
-    both, predicted, true = (probabilities * dense).sum(axes), probabilities.sum(axes), dense.sum(axes)
-    return -((2 * both + SMOOTH) / (predicted + true + SMOOTH).clamp_min(1e-8)).mean()
+    both, predicted, true = head.overlap
+    return -head.mean_of_targets((2 * both + SMOOTH) / (predicted + true + SMOOTH).clamp_min(1e-8))
 
 
-def entropy(logits: torch.Tensor, label: torch.Tensor, targets: Targets) -> torch.Tensor:
+def entropy(head: Head) -> torch.Tensor:
     """Cross-entropy (softmax) or binary cross-entropy (regions), mean over annotated voxels; 0 where none is annotated."""
-    valid = targets.valid(label)
-    if targets.regions:
-        loss = binary_cross_entropy_with_logits(logits, targets.dense(label), reduction="none")
-        if valid is None:
-            return loss.mean()
-        return (loss * valid[:, None]).sum() / (valid.sum() * loss.shape[1]).clamp_min(1)
-    if valid is None:
-        return cross_entropy(logits, label)
-    loss = cross_entropy(logits, label, ignore_index=targets.ignore_index or 0, reduction="sum")
-    return loss / valid.sum().clamp_min(1)
+    return -head.mean_of_voxels(head.log_likelihood)
 
 
-Term = Callable[[torch.Tensor, torch.Tensor, Targets, bool], torch.Tensor]
+def focal_entropy(head: Head, gamma: float, alpha: float | None) -> torch.Tensor:
+    """Mean of -w (1 - q)^gamma log q, q the probability of what is true (Lin et al. 2017).
+
+    With `alpha` w is alpha for foreground and 1 - alpha for background, else 1.
+    """
+    likelihood = head.log_likelihood
+    values = -((-likelihood.expm1()).clamp_min(_LEAST) ** gamma) * likelihood
+    if alpha is not None:
+        values = values * (1 - alpha + (2 * alpha - 1) * head.foreground)
+    return head.mean_of_voxels(values)
 
 
-def _dice_ce(
-    logits: torch.Tensor, label: torch.Tensor, targets: Targets, batch_dice: bool, dice: float = 1.0, ce: float = 1.0
-) -> torch.Tensor:
-    return dice * soft_dice(logits, label, targets, batch_dice) + ce * entropy(logits, label, targets)
+def tversky_index(head: Head, alpha: float, beta: float) -> torch.Tensor:
+    """T = (TP + s/2) / (TP + alpha FP + beta FN + s/2) of each target with soft counts (Salehi et al. 2017); s as in Dice."""
+    both, predicted, true = head.overlap
+    wrong = alpha * (predicted - both) + beta * (true - both)
+    return (both + SMOOTH / 2) / (both + wrong + SMOOTH / 2).clamp_min(1e-8)
 
 
-def _ce(logits: torch.Tensor, label: torch.Tensor, targets: Targets, batch_dice: bool) -> torch.Tensor:
-    return entropy(logits, label, targets)
+def worst_entropy(head: Head, k: float) -> torch.Tensor:
+    """Cross-entropy, mean over the k % of the batch's annotated voxels in which it is largest (Wu et al. 2016, as in nnU-Net)."""
+    values, keep = -head.log_likelihood, head.keep
+    values = values.flatten() if keep is None else values[keep.expand(values.shape)]
+    if not values.numel():
+        return values.sum()
+    return values.topk(max(1, int(values.numel() * k / 100)), sorted=False).values.mean()
 
 
-TERMS: dict[str, Term] = {"dice_ce": _dice_ce, "dice": soft_dice, "ce": _ce}
+class Term(Record):
+    """A loss at one head; its fields are the options, and it is called with the head and the run's progress from 0 to 1."""
+
+    model_config = ConfigDict(strict=True)
+
+    def __call__(self, head: Head, progress: float) -> torch.Tensor:
+        """Scalar loss of one head."""
+        raise NotImplementedError
+
+
+class DiceCE(Term):
+    """dice * soft Dice + ce * cross-entropy (Isensee et al. 2021)."""
+
+    dice: float = Field(default=1.0, ge=0)
+    ce: float = Field(default=1.0, ge=0)
+
+    def __call__(self, head: Head, progress: float) -> torch.Tensor:
+        """Scalar loss of one head."""
+        return self.dice * soft_dice(head) + self.ce * entropy(head)
+
+
+class CE(Term):
+    """Cross-entropy, for regions binary cross-entropy: the mean of -log q over annotated voxels."""
+
+    def __call__(self, head: Head, progress: float) -> torch.Tensor:
+        """Scalar loss of one head."""
+        return entropy(head)
+
+
+class Dice(Term):
+    """Soft Dice alone (Milletari et al. 2016; with plain sums as Drozdzal et al. 2016)."""
+
+    def __call__(self, head: Head, progress: float) -> torch.Tensor:
+        """Scalar loss of one head."""
+        return soft_dice(head)
+
+
+class Focal(Term):
+    """Focal loss: the mean of -w (1 - q)^gamma log q, w by `alpha` (Lin et al. 2017)."""
+
+    gamma: float = Field(default=2.0, ge=0)
+    alpha: float | None = Field(default=None, gt=0, lt=1)
+
+    def __call__(self, head: Head, progress: float) -> torch.Tensor:
+        """Scalar loss of one head."""
+        return focal_entropy(head, self.gamma, self.alpha)
+
+
+class DiceFocal(Term):
+    """dice * soft Dice + focal * focal loss (Zhu et al. 2019, AnatomyNet)."""
+
+    dice: float = Field(default=1.0, ge=0)
+    focal: float = Field(default=1.0, ge=0)
+    gamma: float = Field(default=2.0, ge=0)
+    alpha: float | None = Field(default=None, gt=0, lt=1)
+
+    def __call__(self, head: Head, progress: float) -> torch.Tensor:
+        """Scalar loss of one head."""
+        return self.dice * soft_dice(head) + self.focal * focal_entropy(head, self.gamma, self.alpha)
+
+
+class Tversky(Term):
+    """Minus the mean Tversky index + ce * cross-entropy (Salehi et al. 2017).
+
+    `alpha` weighs what is found wrongly, `beta` what is missed: a larger beta finds more. Both 0.5: Dice.
+    """
+
+    alpha: float = Field(default=0.3, ge=0)
+    beta: float = Field(default=0.7, ge=0)
+    ce: float = Field(default=0.0, ge=0)
+
+    def __call__(self, head: Head, progress: float) -> torch.Tensor:
+        """Scalar loss of one head."""
+        loss = -head.mean_of_targets(tversky_index(head, self.alpha, self.beta))
+        return loss + self.ce * entropy(head) if self.ce else loss
+
+
+class FocalTversky(Term):
+    """The mean of (1 - T)^(1 / gamma) + ce * cross-entropy, T the Tversky index (Abraham and Khan 2019)."""
+
+    alpha: float = Field(default=0.3, ge=0)
+    beta: float = Field(default=0.7, ge=0)
+    gamma: float = Field(default=4 / 3, gt=0)
+    ce: float = Field(default=0.0, ge=0)
+
+    def __call__(self, head: Head, progress: float) -> torch.Tensor:
+        """Scalar loss of one head."""
+        missing = (1 - tversky_index(head, self.alpha, self.beta)).clamp_min(_LEAST)
+        loss = head.mean_of_targets(missing ** (1 / self.gamma))
+        return loss + self.ce * entropy(head) if self.ce else loss
+
+
+class TopK(Term):
+    """Cross-entropy over the worst `k` % of the annotated voxels (Wu et al. 2016)."""
+
+    k: float = Field(default=10.0, gt=0, le=100)
+
+    def __call__(self, head: Head, progress: float) -> torch.Tensor:
+        """Scalar loss of one head."""
+        return worst_entropy(head, self.k)
+
+
+class DiceTopK(Term):
+    """dice * soft Dice + topk * cross-entropy over the worst `k` % of the annotated voxels (Isensee et al. 2021)."""
+
+    dice: float = Field(default=1.0, ge=0)
+    topk: float = Field(default=1.0, ge=0)
+    k: float = Field(default=10.0, gt=0, le=100)
+
+    def __call__(self, head: Head, progress: float) -> torch.Tensor:
+        """Scalar loss of one head."""
+        return self.dice * soft_dice(head) + self.topk * worst_entropy(head, self.k)
+
+
+class Boundary(Term):
+    """(1 - a) (dice * soft Dice + ce * cross-entropy) + a B, where B is the mean of p phi (Kervadec et al. 2019).
+
+    phi is the signed distance of each voxel to the boundary of the target (`signed_distance`), in units of `spacing` along the
+    patch's axes, else in voxels; it is measured on the augmented label, so no transform has to be applied to it. a rises
+    linearly over the run from `start` to `stop`. Only the finest head has a boundary part, the others have the rest alone.
+    """
+
+    start: float = Field(default=0.01, ge=0, le=1)
+    stop: float = Field(default=0.5, ge=0, le=1)
+    dice: float = Field(default=1.0, ge=0)
+    ce: float = Field(default=1.0, ge=0)
+    spacing: tuple[float, ...] | None = Field(default=None, strict=False)
+
+    def __call__(self, head: Head, progress: float) -> torch.Tensor:
+        """Scalar loss of one head."""
+        overlap = self.dice * soft_dice(head) + self.ce * entropy(head)
+        share = self.start + (self.stop - self.start) * min(max(progress, 0.0), 1.0)
+        if not head.finest or not share:
+            return overlap
+        return (1 - share) * overlap + share * self._boundary(head)
+
+    def _boundary(self, head: Head) -> torch.Tensor:
+        phi = torch.from_numpy(self.distances(head)).to(head.logits.device)
+        keep = head.keep if head.targets.regions or head.keep is None else head.keep[:, None]
+        values = head.probabilities * phi
+        if keep is None:
+            return values.mean()
+        return (values * keep).sum() / keep.expand(values.shape).sum().clamp_min(1)
+
+    def distances(self, head: Head) -> NDArray[np.float32]:
+        """phi of every sample and target, (batch, targets, *size)."""
+        dims = head.label.ndim - 1
+        spacing = self.spacing or (1.0,) * dims
+        if len(spacing) != dims or min(spacing) <= 0:
+            raise PluginError(
+                f"loss 'boundary': spacing needs {dims} positive numbers, one per axis of the patch, found {spacing}"
+            )
+        dense = head.dense.cpu().numpy() > 0
+        return np.stack([np.stack([signed_distance(mask, spacing) for mask in sample]) for sample in dense])
+
+
+def signed_distance(mask: NDArray[np.bool_], spacing: Sequence[float]) -> NDArray[np.float32]:
+    """Signed distance to the boundary of a mask (2D or 3D), as in the boundary loss's reference code.
+
+    Outside the distance to the nearest voxel inside; inside one voxel's edge (the smallest) less than the distance to the nearest
+    voxel outside, negative; so 0 on the innermost boundary voxels. 0 everywhere when the mask is empty or full.
+    """
+    import edt
+
+    if not mask.any() or mask.all():
+        return np.zeros(mask.shape, np.float32)
+    mask = np.ascontiguousarray(mask)
+    outside, inside = (edt.edt(part, anisotropy=tuple(spacing), black_border=False, parallel=1) for part in (~mask, mask))
+    distance: NDArray[np.float32] = np.where(mask, -np.maximum(inside - min(spacing), 0), outside).astype(np.float32)
+    return distance
+
+
+TERMS: dict[str, type[Term]] = {
+    "dice_ce": DiceCE, "ce": CE, "dice": Dice, "focal": Focal, "dice_focal": DiceFocal, "tversky": Tversky,
+    "focal_tversky": FocalTversky, "topk": TopK, "dice_topk": DiceTopK, "boundary": Boundary,
+}
 
 
 @dataclass(frozen=True)
@@ -111,21 +256,11 @@ class DeepSupervision:
         """Scalar loss of logits at falling resolutions, finest first, against one full-resolution label map."""
         weights = [0.5**level for level in range(len(outputs))]
         total = outputs[0].new_zeros((), dtype=torch.float32)
-        for weight, logits in zip(weights, outputs, strict=True):
+        for level, (weight, logits) in enumerate(zip(weights, outputs, strict=True)):
             label = strided(batch.label, logits.shape[2:])
-            total = total + weight / sum(weights) * self.term(logits.float(), label, self.targets, self.batch_dice)
+            head = Head(logits, label, self.targets, self.batch_dice, batch.labelled, finest=level == 0)
+            total = total + weight / sum(weights) * self.term(head, progress)
         return total
-
-
-def strided(label: torch.Tensor, size: torch.Size) -> torch.Tensor:
-    """Nearest-exact down-sampling by whole strides: index i takes voxel floor((i + 1/2) stride)."""
-    for axis, wanted in enumerate(size, start=1):
-        stride = label.shape[axis] // wanted
-        if stride > 1:
-            index = [slice(None)] * label.ndim
-            index[axis] = slice(stride // 2, None, stride)
-            label = label[tuple(index)]
-    return label
 
 
 def head_count(heads: int, deep_supervision: bool) -> int:
@@ -142,10 +277,17 @@ def make_loss(spec: LossSpec, labels: Labels, batch_dice: bool) -> Loss:
     if spec.kind not in TERMS:
         builtin: dict[str, Callable[..., Loss]] = dict.fromkeys(TERMS, make_loss)  # only their names are needed
         return resolve(spec.kind, builtin, "loss")(labels=labels, batch_dice=batch_dice, **spec.options)
-    term = TERMS[spec.kind]
-    known = [p.name for p in inspect.signature(term).parameters.values() if p.default is not p.empty]
-    wrong = [f"{key}={value!r}" for key, value in spec.options.items() if key not in known or not isinstance(value, int | float)]
-    if wrong:
-        options = f"these numbers as options: {', '.join(known)}" if known else "no options"
-        raise PluginError(f"loss {spec.kind!r} takes {options}; found {', '.join(wrong)}")
-    return DeepSupervision(partial(term, **spec.options), Targets.of(labels), batch_dice)
+    kind = TERMS[spec.kind]
+    try:
+        term = kind.model_validate(spec.options)
+    except ValidationError as error:
+        wrong = {str(item["loc"][0]): item for item in error.errors()}
+        found = ", ".join(f"{key}={spec.options[key]!r}{_reason(item['type'], item['msg'])}" for key, item in wrong.items())
+        options = f"these numbers as options: {', '.join(kind.model_fields)}" if kind.model_fields else "no options"
+        raise PluginError(f"loss {spec.kind!r} takes {options}; found {found}") from None
+    return DeepSupervision(term, Targets.of(labels), batch_dice)
+
+
+def _reason(kind: str, message: str) -> str:
+    """Why an option is refused, where its name is right."""
+    return "" if kind == "extra_forbidden" else f" ({message.removeprefix('Input ')})"

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from autoseg.arrays.components import CONNECTIVITY
-from autoseg.arrays.restore import Regions, restore_labels
+from autoseg.arrays.restore import LogitSource, Regions, restore_labels
 from autoseg.types.case import Placement
 from autoseg.types.geometry import AxisMap, Grid
 
@@ -25,7 +25,7 @@ _IDENTITY = AxisMap((0, 1, 2), (False, False, False))
 
 
 def labels_on_grid(
-    logits_czyx: Tensor, source: Placement, target: Placement, region_values: Regions = None,
+    logits_czyx: Tensor | LogitSource, source: Placement, target: Placement, region_values: Regions = None,
 ) -> NDArray[np.integer]:
     """Return the segmentation that logits of one stage are on the preprocessed grid of the next: inside indices, uint8 or int16.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +46,10 @@ class Targets:
         index = {label.value: i + 1 for i, label in enumerate(labels.foreground)}
         regions = tuple(index[value] for value in labels.region_order) if labels.regions else None
         return cls(members, regions, labels.ignore_index)
+
+    def only(self, annotated: Sequence[int]) -> Targets:
+        """The same where only some targets are annotated: the others have no voxels, neither true nor predicted ones."""
+        return replace(self, members=self.members & np.isin(np.arange(len(self.members)), annotated)[:, None])
 
     def confusion(self, truth: Ints, predicted: Ints) -> Counts:
         """Voxels by true (row) and predicted (column) index; ignored ones are left out."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,28 +11,50 @@ from numpy.typing import NDArray
 from autoseg.types.fingerprint import Intensities
 
 STD_FLOOR = 1e-8  # nnU-Net
+_BLOCK = 1 << 18  # voxels reckoned in float64 at once
 
 Scheme = Callable[[NDArray[np.float32], "NDArray[np.bool_] | None", "Intensities | None"], None]
 
 
+def _blocks(channel: NDArray[np.float32], mask: NDArray[np.bool_] | None) -> Iterator[NDArray[np.float32]]:
+    """Yield the channel's voxels, or copies of those in the mask, in parts small enough for temporary arrays."""
+    rows = max(1, _BLOCK // max(1, channel[0].size))
+    for start in range(0, len(channel), rows):
+        part = channel[start:start + rows]
+        yield part if mask is None else part[mask[start:start + rows]]
+
+
+def _mean_and_deviation(channel: NDArray[np.float32], mask: NDArray[np.bool_] | None) -> tuple[np.float32, np.float32] | None:
+    """Return mean and standard deviation, reckoned in float64; None where there are no voxels."""
+    count = channel.size if mask is None else int(np.count_nonzero(mask))
+    if not count:
+        return None
+    mean = sum(float(part.sum(dtype=np.float64)) for part in _blocks(channel, mask)) / count
+    squares = 0.0
+    for part in _blocks(channel, mask):
+        off = np.subtract(part, mean, dtype=np.float64).reshape(-1)
+        squares += float(off @ off)
+    return np.float32(mean), np.float32(max((squares / count) ** 0.5, STD_FLOOR))
+
+
 def _z_score(channel: NDArray[np.float32], mask: NDArray[np.bool_] | None, statistics: Intensities | None) -> None:
-    values = channel if mask is None else channel[mask]
-    if not values.size:
+    found = _mean_and_deviation(channel, mask)
+    if found is None:
         return
-    mean, std = np.float32(values.mean(dtype=np.float64)), np.float32(max(float(values.std(dtype=np.float64)), STD_FLOOR))
-    if mask is None:
-        channel -= mean
-        channel /= std
-    else:
-        channel[mask] = (values - mean) / std
+    mean, std = found
+    for plane, inside in zip(channel, itertools.repeat(True) if mask is None else mask, strict=False):
+        np.subtract(plane, mean, out=plane, where=inside)
+        np.divide(plane, std, out=plane, where=inside)
 
 
 def _ct(channel: NDArray[np.float32], mask: NDArray[np.bool_] | None, statistics: Intensities | None) -> None:
     if statistics is None:
         raise ValueError("CTNormalization needs the foreground intensities of the data set; the plan has none for this channel")
-    np.clip(channel, statistics.percentile_00_5, statistics.percentile_99_5, out=channel)
-    channel -= np.float32(statistics.mean)
-    channel /= np.float32(max(statistics.std, STD_FLOOR))
+    mean, std = np.float32(statistics.mean), np.float32(max(statistics.std, STD_FLOOR))
+    for plane in channel:
+        np.clip(plane, statistics.percentile_00_5, statistics.percentile_99_5, out=plane)
+        plane -= mean
+        plane /= std
 
 
 def _none(channel: NDArray[np.float32], mask: NDArray[np.bool_] | None, statistics: Intensities | None) -> None:
@@ -60,13 +83,14 @@ _SCHEMES: dict[str, Scheme] = {
 
 
 def normalize(
-    image_czyx: NDArray[np.float32], mask_zyx: NDArray[np.bool_], schemes: Sequence[str], use_mask: Sequence[bool],
+    image_czyx: NDArray[np.float32], mask_zyx: NDArray[np.bool_] | None, schemes: Sequence[str], use_mask: Sequence[bool],
     intensities: Sequence[Intensities],
 ) -> None:
     """Normalise each channel in place by its scheme.
 
-    With its mask flag a z-score uses the voxels of `mask_zyx` (the filled nonzero mask) and leaves the others as they are;
-    the other schemes treat the whole image. `intensities` are the data set's foreground statistics per channel, for CT.
+    With its mask flag a z-score uses the voxels of `mask_zyx` (the filled nonzero mask; None where it holds every voxel) and
+    leaves the others as they are; the other schemes treat the whole image. `intensities` are the data set's foreground
+    statistics per channel, for CT.
     Raises ValueError when the number of channels or the value range does not suit the schemes.
     """
     if len(image_czyx) != len(schemes):

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autoseg.arrays.crop import bounding_box, box_slices, mark_outside, nonzero_mask
+from autoseg.arrays.crop import box_slices, mark_outside, nonzero_bounds, nonzero_mask
 from autoseg.arrays.normalize import normalize
 from autoseg.arrays.resample import resample_image, resample_label, resampled_shape
 from autoseg.types.case import Image, Placement, Preprocessed
@@ -41,22 +41,32 @@ def preprocess(image: Image, label_zyx: NDArray[np.integer] | None, plan: Plan, 
         lead = array.ndim - 3
         return axis_map.apply(array).transpose(*range(lead), *(lead + a for a in order))
 
-    oriented = bring(image.array_czyx)
-    mask = nonzero_mask(oriented)
-    bounds = bounding_box(mask)
+    nonzero = bring(nonzero_mask(image.array_czyx))
+    bounds = nonzero_bounds(nonzero)
     box = box_slices(bounds)
-    mask = np.ascontiguousarray(mask[box])
+    read = label_zyx is not None or any(configuration.use_mask_for_norm)
+    mask = np.ascontiguousarray(nonzero[box]) if read and not nonzero[box].all() else None
+    del nonzero
     spacing = image.grid.mapped(axis_map).spacing
     spacing = (spacing[order[0]], spacing[order[1]], spacing[order[2]])
     target = target_spacing(spacing, configuration, plan.resampling)
-    cropped = np.array(oriented[(slice(None), *box)], dtype=np.float32, order="C")
-    shape = resampled_shape((cropped.shape[1], cropped.shape[2], cropped.shape[3]), spacing, target)
-    normalize(cropped, mask, configuration.normalization, configuration.use_mask_for_norm, plan.intensities)
-    label = None
-    if label_zyx is not None:
-        label = resample_label(mark_outside(bring(label_zyx)[box], mask), shape, spacing, target)
+    (a, b), (c, d), (e, f) = bounds
     placement = Placement(
-        stored=image.grid, axis_map=axis_map, transpose=order, crop_zyx=bounds, cropped_spacing_zyx_mm=spacing, shape=shape,
-        spacing_zyx_mm=target,
+        stored=image.grid, axis_map=axis_map, transpose=order, crop_zyx=bounds, cropped_spacing_zyx_mm=spacing,
+        shape=resampled_shape((b - a, d - c, f - e), spacing, target), spacing_zyx_mm=target,
     )
-    return Preprocessed(resample_image(cropped, shape, spacing, target, plan.resampling == "linear"), label, placement)
+    label = None if label_zyx is None else _label(bring(label_zyx)[box], mask, placement)
+    cropped = np.array(bring(image.array_czyx)[(slice(None), *box)], dtype=np.float32, order="C")
+    normalize(cropped, mask, configuration.normalization, configuration.use_mask_for_norm, plan.intensities)
+    del mask
+    return Preprocessed(
+        resample_image(cropped, placement.shape, spacing, target, plan.resampling == "linear"), label, placement)
+
+
+def _label(label_zyx: NDArray[np.integer], mask_zyx: NDArray[np.bool_] | None, place: Placement) -> NDArray[np.int16]:
+    """Resample the cropped labels, -1 outside the mask (None: it holds every voxel)."""
+    if mask_zyx is not None:
+        marked = mark_outside(label_zyx, mask_zyx)
+    else:
+        marked = label_zyx.astype(np.int16, order="C", copy=label_zyx.shape == place.shape)  # else resampling makes the copy
+    return resample_label(marked, place.shape, place.cropped_spacing_zyx_mm, place.spacing_zyx_mm)

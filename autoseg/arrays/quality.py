@@ -38,27 +38,33 @@ _CONSTANT = 1e-9  # standard deviations below it are those of a constant
 _FLOORS = {"entropy": 1e-3, "disagreement": 1e-4}  # bits below which logarithms are not told apart
 
 
-@torch.no_grad()
-def beliefs(logits_czyx: Tensor, regions: bool) -> tuple[NDArray[np.integer], Floats, Floats]:
-    """What whole logits say: the decision, and for each output the sum of its probabilities over all voxels and over its own.
+class Beliefs:
+    """What logits say, gathered plane by plane.
 
-    The decision is the class of each voxel (z, y, x), or for regions whether it is in each (1) or not (0), (R, z, y, x).
+    `decision` is the class of each voxel (z, y, x), or for regions whether it is in each (1) or not (0), (R, z, y, x).
+    `everywhere` and `own` are for each output the sums of its probabilities over all voxels, and over those it was decided for.
     """
-    count, depth = logits_czyx.shape[:2]
-    everywhere, own = np.zeros(count), np.zeros(count)
-    decided: list[NDArray[np.integer]] = []
-    for z in range(depth):
-        plane = logits_czyx[:, z].float()
-        if regions:
-            probable, inside = torch.sigmoid(plane), plane > 0
-            decided.append(inside.to(torch.uint8).cpu().numpy())
+
+    def __init__(self, count: int, shape: Sequence[int], regions: bool) -> None:
+        self.regions = regions
+        kind = np.uint8 if regions or count < 256 else np.int16
+        self.decision: NDArray[np.integer] = np.zeros((count, *shape) if regions else shape, kind)
+        self.everywhere, self.own = np.zeros(count), np.zeros(count)
+
+    @torch.no_grad()
+    def look(self, z: int, plane_cyx: Tensor) -> None:
+        """See plane z of the logits, float32."""
+        count = len(plane_cyx)
+        if self.regions:
+            probable, inside = torch.sigmoid(plane_cyx), plane_cyx > 0
+            self.decision[:, z] = inside.cpu().numpy()
+            self.own += (probable * inside).sum((1, 2), dtype=torch.float64).cpu().numpy()
         else:
-            probable, winner = torch.softmax(plane, 0), plane.argmax(0)
-            inside = winner[None] == torch.arange(count, device=plane.device)[:, None, None]
-            decided.append(winner.cpu().numpy().astype(np.uint8 if count < 256 else np.int16))
-        everywhere += probable.sum((1, 2), dtype=torch.float64).cpu().numpy()
-        own += (probable * inside).sum((1, 2), dtype=torch.float64).cpu().numpy()
-    return np.stack(decided, 1 if regions else 0), everywhere, own
+            probable = torch.softmax(plane_cyx, 0)
+            best, winner = probable.max(0)
+            self.decision[z] = winner.cpu().numpy()
+            self.own += np.bincount(winner.cpu().numpy().ravel(), best.double().cpu().numpy().ravel(), count)
+        self.everywhere += probable.sum((1, 2), dtype=torch.float64).cpu().numpy()
 
 
 def target_features(

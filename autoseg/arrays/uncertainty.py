@@ -19,7 +19,7 @@ from torch import Tensor
 
 from autoseg.arrays.crop import box_slices
 from autoseg.arrays.resample import Taps, linear_taps, separate_axis
-from autoseg.arrays.restore import Regions, restore_ensemble
+from autoseg.arrays.restore import LogitSource, Regions, restore_planes
 from autoseg.types.case import Placement
 from autoseg.types.geometry import AxisMap, Grid
 
@@ -84,12 +84,6 @@ class PassStatistics:
         return torch.stack([self._entropy / self._network_count, mirrors, every], 1)
 
 
-def entropy_map(logits_czyx: Tensor, temperature: float, regions: bool) -> Tensor:
-    """Entropy (z, y, x) in bits of whole logits, plane by plane."""
-    planes = [entropy_bits(logits_czyx[:, z].float() / temperature, regions, 0) for z in range(logits_czyx.shape[1])]
-    return torch.stack(planes)
-
-
 def restore_maps(maps_kzyx: Tensor, placement: Placement) -> NDArray[np.float32]:
     """Maps (k, *placement.shape) interpolated to the stored grid as logits are, float32 (k, z, y, x); 0 outside the crop."""
     coarse = separate_axis(placement.spacing_zyx_mm, placement.cropped_spacing_zyx_mm)
@@ -115,36 +109,81 @@ def _along(plane: Tensor, taps: Taps, axis: int) -> Tensor:
     return torch.lerp(plane.index_select(axis, low), plane.index_select(axis, high), weight)
 
 
-@torch.no_grad()
-def uncertainty_maps(
-    members: Sequence[tuple[Tensor, Tensor, Placement]], temperatures: Sequence[float], weights: Sequence[float],
-    region_values: Regions = None,
-) -> NDArray[np.float32]:
-    """Entropy and disagreement of a prediction on the stored grid, bits, float32 (2, z, y, x).
+class Shared:
+    """Several readers of one source of logits, each of which sees every plane; what all have seen is let go."""
 
-    Each member is logits (C, *placement.shape), maps (3, *placement.shape) and its placement. Of several members the entropy is
-    that of their weighted mean probabilities; to the mean of their own disagreements comes their mutual information.
+    def __init__(self, source: LogitSource, readers: int) -> None:
+        self.source = source
+        self._waiting: list[dict[int, Tensor]] = [{} for _ in range(readers)]
+        self._next = 0
+
+    def reader(self, number: int) -> LogitSource:
+        """The source as one of the readers has it; no other reader is held up."""
+        return _Reader(self, number)
+
+    def planes(self, number: int, low: int, high: int) -> Tensor:
+        """Planes for one reader."""
+        if high > self._next:
+            chunk = self.source.planes(self._next, high)
+            for waiting in self._waiting:
+                waiting.update(zip(range(self._next, high), chunk.unbind(1), strict=True))
+            self._next = high
+        mine = self._waiting[number]
+        for z in [z for z in mine if z < low]:
+            del mine[z]
+        return torch.stack([mine.pop(z) for z in range(low, high)], 1)
+
+
+class _Reader:
+    def __init__(self, shared: Shared, number: int) -> None:
+        self._shared, self._number = shared, number
+        self.classes, self.shape, self.device = shared.source.classes, shared.source.shape, shared.source.device
+
+    def planes(self, low: int, high: int) -> Tensor:
+        return self._shared.planes(self._number, low, high)
+
+
+class EntropyOfMean:
+    """Entropy of the members' weighted mean probabilities on the grid of the first, bits, made plane by plane."""
+
+    def __init__(
+        self, members: Sequence[tuple[LogitSource, Placement]], temperatures: Sequence[float], weights: Sequence[float],
+        region_values: Regions,
+    ) -> None:
+        first = members[0][1]
+        onto = [(source, onto_grid(first, placement)) for source, placement in members]
+        self._planes = restore_planes(onto, region_values, True, weights, temperatures=temperatures)
+        self._regions, self._done = region_values is not None, 0
+        self.map = torch.zeros(first.shape)
+
+    def go_to(self, share: float) -> None:
+        """Make this share of the planes."""
+        while self._done < share * len(self.map):
+            probable = next(self._planes).probability_cyx
+            assert probable is not None
+            self.map[self._done] = entropy_of(torch.from_numpy(probable), self._regions)
+            self._done += 1
+
+
+def uncertainty_of_mean(
+    entropy: Tensor, singles: Sequence[tuple[Tensor, Tensor, Placement]], weights: Sequence[float]
+) -> NDArray[np.float32]:
+    """Entropy and disagreement of an ensemble on the stored grid, bits, float32 (2, z, y, x).
+
+    entropy: that of the weighted mean probabilities, on the grid of the first. singles: each member's own entropy and the
+    disagreement of its passes, (z, y, x), and its placement; to their weighted mean disagreement comes the members' mutual
+    information.
     """
-    regions = region_values is not None
-    logits, maps, first = members[0]
-    if len(members) == 1:
-        both = torch.stack([entropy_map(logits, temperatures[0], regions), maps[2]])
-        return restore_maps(both, first)
-    shares = [weight / sum(weights) for weight in weights]
-    grids = [_onto(first, placement) for _, _, placement in members]
-    scaled = [(one / t, grid) for (one, _, _), t, grid in zip(members, temperatures, grids, strict=True)]
-    probable = restore_ensemble(scaled, region_values, True, shares)[1]
-    assert probable is not None
-    entropy = torch.stack([entropy_of(torch.from_numpy(probable[:, z]), regions) for z in range(probable.shape[1])])
+    first = singles[0][2]
     single = disagreement = torch.zeros(())
-    for (one, own, _), temperature, grid, share in zip(members, temperatures, grids, shares, strict=True):
-        pair = torch.stack([entropy_map(one, temperature, regions), own[2]])
-        unsure, apart = torch.from_numpy(restore_maps(pair, grid))
-        single, disagreement = single + share * unsure, disagreement + share * apart
+    for (unsure, apart, placement), weight in zip(singles, weights, strict=True):
+        share = weight / sum(weights)
+        both = torch.from_numpy(restore_maps(torch.stack([unsure, apart]), onto_grid(first, placement)))
+        single, disagreement = single + share * both[0], disagreement + share * both[1]
     return restore_maps(torch.stack([entropy, disagreement + (entropy - single).clamp_min_(0)]), first)
 
 
-def _onto(target: Placement, source: Placement) -> Placement:
+def onto_grid(target: Placement, source: Placement) -> Placement:
     """The placement of `source` in an image that is the preprocessed array of `target`."""
     z, y, x = target.shape
     return Placement(

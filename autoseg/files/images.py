@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 ENDINGS: tuple[str, ...] = (".nii", ".nii.gz", ".nrrd", ".mha", ".mhd", ".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+_SMALL = ("uint8", "int8", "uint16", "int16")
 _NIFTI, _META, _TIFF, _LOSSY = (".nii", ".nii.gz"), (".mha", ".mhd"), (".tif", ".tiff"), (".jpg", ".jpeg")
 
 ORTHONORMAL = 1e-3  # how far direction columns may be from perpendicular unit vectors
@@ -153,31 +154,38 @@ def _read(path: Path, indices: bool) -> Image:
     return Image(np.ascontiguousarray(np.moveaxis(array, -1, 1)).reshape(-1, *grid.shape), grid, ending)
 
 
-def read_case(paths: Sequence[Path]) -> Image:
+def read_case(paths: Sequence[Path], as_stored: bool = False) -> Image:
     """Read the files of a case as one float32 array (channel, z, y, x): their channels one after the other.
 
-    Raises GeometryError when their grids differ by more than rounding noise, and as `read_header` does.
+    With `as_stored` integers of 8 or 16 bits stay what they are where all files hold the same, which takes half the memory or
+    less. Raises GeometryError when the grids differ by more than rounding noise, and as `read_header` does.
     """
     if not paths:
         raise DatasetError("a case needs at least one image file")
-    headers = [read_header(path) for path in paths]
-    first = headers[0]
-    for path, header in zip(paths[1:], headers[1:], strict=True):
-        for difference in compare_grids(first.grid, header.grid):
+    headers = [read_header(path) for path in paths] if len(paths) > 1 else []
+    for path, header in zip(paths[1:], headers[1:], strict=False):
+        for difference in compare_grids(headers[0].grid, header.grid):
             if not difference.noise:
                 raise GeometryError(f"{path} lies on another grid than {paths[0].name}: expected {difference.field} "
                                     f"{difference.expected}, found {difference.found}; "
                                     "resample it onto the grid of the first channel")
+    image = read_image(paths[0])
+    part = image.array_czyx
+    stays = as_stored and part.dtype.name in _SMALL and len({header.dtype for header in headers}) <= 1
+    kind = part.dtype if stays else np.dtype(np.float32)
+    channels = sum(header.channels for header in headers) if headers else len(part)
+    if channels == len(part) and part.dtype == kind:
+        return image
     with reading(paths[0]):
-        channels = sum(header.channels for header in headers)
-        check_size(first.grid.shape, 4 * channels, 0, None)
-        case = np.empty((channels, *first.grid.shape), np.float32)
-    start = 0
-    for path, header in zip(paths, headers, strict=True):
+        check_size(image.grid.shape, kind.itemsize * channels, 0, None)
+        case = np.empty((channels, *image.grid.shape), kind)
+    image = Image(case, image.grid, image.ending)
+    for index, path in enumerate(paths):
+        part = read_image(path).array_czyx if index else part
         with np.errstate(over="ignore", invalid="ignore"):
-            case[start:start + header.channels] = read_image(path).array_czyx
-        start += header.channels
-    return Image(case, first.grid, first.ending)
+            case[:len(part)] = part
+        case = case[len(part):]
+    return image
 
 
 def read_label(path: Path) -> tuple[NDArray[np.integer[Any]], Grid]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
@@ -111,6 +111,16 @@ def memory_available_bytes(root: Path = ROOT) -> int:
     fields = _meminfo(root)
     free = fields.get("MemAvailable", fields.get("MemFree", _physical_bytes() // 2))
     return max(0, min([free, *(limit - used for limit, used in _memory_groups(root))]))
+
+
+def slurm_limit_bytes(variables: Mapping[str, str]) -> int | None:
+    """Return the memory that SLURM gives a job on this node, from its variables (in MB of 2**20 bytes); None where none is set.
+
+    SLURM_MEM_PER_NODE, or SLURM_MEM_PER_CPU times SLURM_CPUS_ON_NODE; 0 means all of the node.
+    """
+    numbers = {name: int(value) for name, value in variables.items() if name.startswith("SLURM_") and value.isdigit()}
+    each = numbers.get("SLURM_MEM_PER_CPU", 0) * numbers.get("SLURM_CPUS_ON_NODE", 1)
+    return (numbers.get("SLURM_MEM_PER_NODE", 0) or each) * 2**20 or None
 
 
 def disk_free_bytes(path: Path) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoseg.errors import RecordError
+from autoseg.files.component_store import Components, case_components
 from autoseg.files.workspace import atomic_path, load_record, save_record
 from autoseg.types.case import Placement, Preprocessed
 from autoseg.types.geometry import Shape
@@ -29,7 +31,9 @@ ANNOTATED = 0  # key of the locations of all annotated voxels, there when the da
 MIN_LOCATIONS, LOCATIONS_SHARE = 10_000, 0.01  # nnU-Net
 _HALF_RANGE = (1e-3, 60_000.0)  # largest magnitudes that float16 keeps to its 11 bits
 _BLOCK, _PLANE_BLOCK = 32, 128
+_LOOKED_AT = 1 << 22  # voxels whose labels are sorted at once
 _LEFTOVER_SECONDS = 3600.0
+_ATTEMPTS = 20  # to take the place of an old case
 
 Slices = tuple[slice, slice, slice]
 Sources = tuple[tuple[str, int, int], ...]
@@ -40,7 +44,8 @@ WHOLE: Slices = (slice(None), slice(None), slice(None))
 class CaseRecord(Record):
     """What case.json holds: the key the case was made with, how it lies in its image, and what its files hold.
 
-    `locations` counts the stored positions of each target in file order, `files` gives the size of each file in bytes;
+    `locations` counts the stored positions of each target in file order, `members` are the label indices of each target (None:
+    stored before they were written down), `files` gives the size of each file in bytes;
     `content` is the hash of the original files, which were in the state `sources`.
     """
 
@@ -50,6 +55,7 @@ class CaseRecord(Record):
     channels: int
     placement: Placement
     locations: dict[int, int]
+    members: dict[int, tuple[int, ...]] | None = None
     files: dict[str, int]
     content: str = ""
     sources: Sources = ()
@@ -73,6 +79,28 @@ def _seed(key: str) -> int:
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
 
 
+def _positions(flat: NDArray[np.integer]) -> dict[int, NDArray[Any]]:
+    """Return the sorted positions of each value above 0, gathered in parts, so that all voxels are looked at only once."""
+    kind = np.uint32 if len(flat) < 1 << 32 else np.int64
+    parts: dict[int, list[NDArray[Any]]] = {}
+    for start in range(0, len(flat), _LOOKED_AT):
+        part = flat[start:start + _LOOKED_AT]
+        places = np.flatnonzero(part > 0)
+        values = part[places]
+        order = np.argsort(values, kind="stable")  # a radix sort for short integers
+        values, places = values[order], (places[order] + start).astype(kind)
+        ends = np.flatnonzero(np.diff(values)) + 1
+        for group, first in zip(np.split(places, ends), [0, *ends], strict=True):
+            if len(group):
+                parts.setdefault(int(values[first]), []).append(group)
+    return {value: np.concatenate(groups) for value, groups in parts.items()}
+
+
+def _joined(groups: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """Return the positions of several values in rising order."""
+    return groups[0] if len(groups) == 1 else np.sort(np.concatenate([np.empty(0, np.int64), *groups]))
+
+
 def class_locations(
     label_zyx: NDArray[np.integer], targets: Sequence[tuple[str, tuple[int, ...]]], ignore_index: int | None, key: str,
 ) -> dict[int, NDArray[np.int64]]:
@@ -82,9 +110,9 @@ def class_locations(
     key 0 holds positions among all voxels that do not carry it.
     """
     flat = label_zyx.reshape(-1)
-    foreground = np.flatnonzero(flat > 0)
-    values = flat[foreground]
-    found = {index: foreground[np.isin(values, members)] for index, (_, members) in enumerate(targets, start=1)}
+    of_value = _positions(flat)
+    found = {index: _joined([of_value[value] for value in members if value in of_value])
+             for index, (_, members) in enumerate(targets, start=1)}
     if ignore_index is not None:
         found[ANNOTATED] = np.flatnonzero(flat != ignore_index)
     locations = {}
@@ -93,7 +121,7 @@ def class_locations(
         if count:
             rng = np.random.default_rng([_seed(key), index])
             drawn = places if count == len(places) else rng.choice(places, count, replace=False, shuffle=False)
-            locations[index] = np.sort(drawn).astype(np.int64)
+            locations[index] = np.sort(drawn.astype(np.int64))
     return locations
 
 
@@ -162,22 +190,35 @@ def write_case(
             _flush(temporary / name)
         sizes = {name: (temporary / name).stat().st_size for name in names}
         record = CaseRecord(
-            case=folder.name, key=key, channels=len(case.image_czyx), placement=case.placement, locations=counts, files=sizes,
-            content=content, sources=sources,
+            case=folder.name, key=key, channels=len(case.image_czyx), placement=case.placement, locations=counts,
+            members={index: group for index, (_, group) in enumerate(targets, start=1)}, files=sizes, content=content,
+            sources=sources,
         )
         save_record(temporary / CASE, record)
         temporary.chmod(0o755)
-        remove_case(folder)
-        temporary.replace(folder)
+        _put(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _put(temporary: Path, folder: Path) -> None:
+    """Put a new case in the place of an old one; another process may do the same at this very moment."""
+    for attempt in range(_ATTEMPTS):
+        remove_case(folder)
+        try:
+            temporary.replace(folder)
+            return
+        except OSError as error:
+            if attempt + 1 == _ATTEMPTS or error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
 
 
 def remove_case(folder: Path) -> None:
     """Remove a stored case, if it is there; it is renamed first, so that a half-removed case is never taken for a whole one."""
     if folder.exists():
         trash = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        folder.replace(trash / "old")
+        with contextlib.suppress(FileNotFoundError):  # another process has just done it
+            folder.replace(trash / "old")
         shutil.rmtree(trash, ignore_errors=True)
 
 
@@ -243,6 +284,7 @@ class StoredCase:
         self.placement = record.placement
         self.shape: Shape = record.placement.shape
         self.has_label = LABEL in record.files
+        self._components: Components | None = None
 
     def _read(self, path: Path, slices: Slices, channels: tuple[int, ...] = ()) -> NDArray[Any]:
         import blosc2
@@ -285,6 +327,19 @@ class StoredCase:
     def locations(self) -> Locations:
         """Sampled voxels of each target that is present."""
         return Locations(self)
+
+    @property
+    def components(self) -> Mapping[int, Sequence[NDArray[np.integer]]]:
+        """Sampled voxels (n, 3) of each connected component of each target that is present; found once, then kept in the folder.
+
+        Raises RecordError when the case was stored before the targets' members were written down.
+        """
+        if self.record.members is None:
+            raise RecordError(f"preprocessed case {self.name} in {self.folder} does not say which labels its targets consist of; "
+                              f"remove that folder and run autoseg preprocess")
+        if self._components is None:
+            self._components = case_components(self.folder, self.read_label, self.record.members, _seed(self.record.key))
+        return self._components
 
 
 class Locations(Mapping[int, NDArray[np.int32]]):

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     import torch
 
     from autoseg.networks.build import Network
-    from autoseg.trainers.default import Measured, Training
+    from autoseg.trainers.default import Training
+    from autoseg.trainers.measure import Measured
 
 VALIDATION_STEP = 0.35  # seconds of a validation step, as a share of a training step
 RESERVE, RESERVE_SECONDS = 0.04, 2.0  # of the budget, for what cannot be foreseen
@@ -147,12 +148,13 @@ class Budget:
     def adjust(self, key: tuple[str, int], training: Training, begun: float, first_step: int) -> int | None:
         """After an epoch: correct the pace by what the steps really took; the new number of epochs if it differs enough."""
         spec, share = training.job.spec, self.shares[key]
-        fresh = training.step - first_step
+        done = _mean_steps(training, training.step)
+        fresh = done - _mean_steps(training, first_step)
         if fresh > 0:
             per_step = (time.monotonic() - begun) / fresh
             pace = self.paces[share.configuration]
             self.paces[share.configuration] = replace(pace, step=pace.step * per_step / pace.per_step(spec))
-        self.shares[key] = replace(share, done=training.step)
+        self.shares[key] = replace(share, done=round(done))
         epochs = self._epochs(spec, training.step)
         changed = abs(epochs - spec.epochs) * spec.steps_per_epoch > WORTH_A_CHANGE * spec.total_steps
         return epochs if changed else None
@@ -163,6 +165,16 @@ class Budget:
         if share.cases:
             pace = self.paces[share.configuration]
             self.paces[share.configuration] = replace(pace, case=validation_seconds / share.cases)
+
+
+def _mean_steps(training: Training, step: int) -> float:
+    """Steps of mean duration that the first `step` steps are worth; where patches grow, the first ones are short."""
+    spec = training.job.spec
+    if spec.growth.kind == "none":
+        return step
+    from autoseg.trainers.growth import make_sizes
+
+    return make_sizes(spec.growth, training.job.configuration, training.batch_size, spec.total_steps).mean_steps(step)
 
 
 class RandomCase:
@@ -176,6 +188,7 @@ class RandomCase:
         self.image = rng.standard_normal((channels, *shape), dtype=np.float32)
         self.label = rng.integers(0, labels + 1, shape, dtype=np.int16)
         self.locations: Mapping[int, NDArray[np.integer]] = {}
+        self.components: Mapping[int, Sequence[NDArray[np.integer]]] = {}
 
     def read_image(self, box: tuple[slice, slice, slice]) -> NDArray[np.float32]:
         """Noise (channel, z, y, x)."""
@@ -195,7 +208,8 @@ def measure_configuration(
 ) -> Measured:
     """Measure a training step of a configuration on this machine with noise for data."""
     from autoseg.networks.hardware import pick_device, pick_precision
-    from autoseg.trainers.default import Job, measure_step
+    from autoseg.trainers.default import Job
+    from autoseg.trainers.measure import measure_step
 
     patch = configuration.patch_size if configuration.dims == 3 else (1, *configuration.patch_size)
     labels = len(plan.labels.foreground)

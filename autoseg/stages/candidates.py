@@ -75,7 +75,8 @@ class _Tables:
             if size <= self.room:
                 self.room -= size
                 self.kept[case.case] = table
-        return np.stack([table.dice(weights, self.source.targets) for weights in ensembles])
+        targets = self.source.contest.targets(case)
+        return np.stack([table.dice(weights, targets) for weights in ensembles])
 
 
 def compare(contest: Contest, source: OutOfFold | None, tail: float, reporter: Reporter) -> Comparison:

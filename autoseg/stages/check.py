@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -185,6 +184,11 @@ def _label_faults(case: CaseFiles, labels: Labels, grid: Grid | None, image: str
         faults.append(fault("empty-label", case.case, case.label, "at least one voxel of a foreground label",
                             f"only {', '.join(map(str, sorted(values)))}"))
         return faults, None
+    besides = [label for label in labels.foreground
+               if case.labelled is not None and label.name not in case.labelled and label.value in values]
+    if besides:
+        faults.append(fault("unannotated-label", case.case, case.label, f"only the labels {', '.join(case.labelled or ())}",
+                            ", ".join(f"{label.value} ({label.name})" for label in besides)))
     return faults, values
 
 
@@ -232,14 +236,18 @@ def _duplicates(findings: Iterable[_Finding]) -> list[Fault]:
 def _absent(findings: Iterable[_Finding], labels: Labels) -> list[Fault]:
     """One warning per declared label that some cases lack, under the first of them."""
     held = [f for f in findings if f.values is not None]
-    counts = Counter(value for f in held for value in f.values or ())
     faults = []
     for label in labels.foreground:
-        if counts[label.value] == len(held):
+        wanted = [f for f in held if f.case.labelled is None or label.name in f.case.labelled]
+        without = [f.case for f in wanted if label.value not in (f.values or ())]
+        if held and not wanted:
+            expected = f"label {label.value} ({label.name}) annotated in some case"
+            faults.append(fault("absent-label", held[0].case.case, "", expected, "annotated in none",
+                                "annotate it in some cases, or do not declare it"))
+        if not without:
             continue
-        without = [f.case for f in held if label.value not in (f.values or ())]
-        shown = _some([c.case for c in without])
-        faults.append(fault("absent-label", without[0].case, without[0].label or "",
-                            f"label {label.value} ({label.name}) in every case",
-                            f"absent from {len(without)} of {len(held)} cases: {shown}"))
+        where = "every case" if len(wanted) == len(held) else "every case in which it is annotated"
+        expected = f"label {label.value} ({label.name}) in {where}"
+        faults.append(fault("absent-label", without[0].case, without[0].label or "", expected,
+                            f"absent from {len(without)} of {len(wanted)} cases: {_some([c.case for c in without])}"))
     return faults

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from autoseg.arrays.ensembles import Targets
 from autoseg.errors import DatasetError, RunError
 from autoseg.files.images import read_label
 from autoseg.files.runs import RunFolder
@@ -74,6 +75,10 @@ class Contest:
             return self.labels.encode(label), grid
         except ValueError as error:
             raise DatasetError(f"case {case.case}: {case.label}: {error}") from error
+
+    def targets(self, case: CaseFiles) -> Targets:
+        """What is measured in a case: Dice of targets that are not annotated in it is undefined."""
+        return Targets.of(self.labels).only(self.labels.annotated(case.labelled))
 
     @property
     def default(self) -> str:

@@ -42,13 +42,14 @@ Ints = NDArray[np.integer]
 
 @dataclass(frozen=True)
 class _Given:
-    """Masks to be diagnosed: files of each case, its fold and groups, the labels, and how slices run."""
+    """Masks to be diagnosed: files of each case, its fold, groups and annotated labels (None: all), and how slices run."""
 
     pairs: tuple[Pair, ...]
     labels: Labels
     folds: Mapping[str, int] = field(default_factory=dict)
     groups: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     slice_axis: int | None = None
+    labelled: Mapping[str, tuple[str, ...] | None] = field(default_factory=dict)
 
 
 def diagnose(workspace: Workspace, run: str | None = None, reporter: Reporter = SILENT, threads: int = 2) -> Diagnosis:
@@ -70,7 +71,9 @@ def diagnose(workspace: Workspace, run: str | None = None, reporter: Reporter = 
                 fold_of[case] = fold
                 pairs.append((case, masks[case], Path(str(by_case[case].label))))
     plan = workspace.plan()
-    given = _Given(tuple(pairs), dataset.labels, fold_of, {case: _groups(by_case[case]) for case in fold_of}, _slices_along(plan))
+    groups = {case: _groups(by_case[case]) for case in fold_of}
+    labelled = {case: by_case[case].labelled for case in fold_of}
+    given = _Given(tuple(pairs), dataset.labels, fold_of, groups, _slices_along(plan), labelled)
     samples, sides = _measure(given, reporter, threads)
     findings, untold = judge(samples)
     curves = {fold: epochs for fold, folder in folders.items() if (epochs := folder.metrics())}
@@ -193,8 +196,10 @@ def _measure(given: _Given, reporter: Reporter, threads: int) -> tuple[list[Samp
     def work(pair: Pair) -> tuple[CaseSymptoms, list[int]]:
         prediction, reference, spacing = _read(pair, given.labels)
         axis = given.slice_axis if max(spacing) <= FLAT_SPACING * min(spacing) else None
-        found = measure_symptoms(reference, prediction, spacing, targets_of(given.labels), pairs, ignore, axis)
-        return found, [axis for left, right in pairs if (axis := _side_axis(reference, left, right, spacing)) is not None]
+        only = given.labelled.get(pair[0])
+        both = [sides for sides in pairs if only is None or {name for name, _ in sides} <= set(only)]
+        found = measure_symptoms(reference, prediction, spacing, targets_of(given.labels, only), both, ignore, axis)
+        return found, [axis for left, right in both if (axis := _side_axis(reference, left, right, spacing)) is not None]
 
     with reporter.task("diagnose", len(given.pairs)) as task:
         for (case, *_), result in for_each(given.pairs, work, threads, _bytes, (AutosegError,)):

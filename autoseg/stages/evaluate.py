@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoseg.arrays.metrics import Target, default_tolerance_mm, examine, label_values
-from autoseg.datasets.description import describe_beside
+from autoseg.datasets.description import describe_beside, with_annotated
 from autoseg.datasets.manifest import MANIFEST_ENDINGS, read_manifest
 from autoseg.datasets.splits import groups_from_names
 from autoseg.errors import AutosegError, DatasetError, GeometryError
@@ -75,6 +75,8 @@ def find_references(path: Path) -> References:
     if path.is_file() and path.suffix.lower() in MANIFEST_ENDINGS:
         listing = read_manifest(path)
         cases, labels = listing.cases, listing.description.labels
+        if labels is not None:
+            cases, _ = with_annotated(cases, labels, listing.description, path)
     elif Workspace(path).plan_path.is_file():
         dataset = Workspace(path).dataset()
         cases, labels = dataset.cases, dataset.labels
@@ -95,11 +97,13 @@ def labels_beside(references: Path) -> Labels | None:
     return None
 
 
-def targets_of(labels: Labels) -> list[Target]:
-    """Names and disk values of what is measured: the regions, or the foreground labels."""
+def targets_of(labels: Labels, labelled: Sequence[str] | None = None) -> list[Target]:
+    """Names and disk values of what is measured: the regions, or the foreground labels; those annotated where `labelled` are."""
     if labels.regions:
-        return [(region.name, region.values) for region in labels.regions]
-    return [(label.name, (label.value,)) for label in labels.foreground]
+        targets = [(region.name, region.values) for region in labels.regions]
+    else:
+        targets = [(label.name, (label.value,)) for label in labels.foreground]
+    return [targets[index] for index in labels.annotated(labelled)]
 
 
 def read_pair(prediction: Path, reference: Path, labels: Labels | None, case: str) -> tuple[Ints, Ints, Grid]:
@@ -123,19 +127,27 @@ def read_pair(prediction: Path, reference: Path, labels: Labels | None, case: st
     return prediction_zyx, reference_zyx, grid
 
 
-def _measure_case(pair: Pair, labels: Labels | None, tolerance_mm: float | None) -> CaseMetrics:
-    """Read and measure one case; without `labels`, the values other than 0 that occur in it."""
+def _measure_case(
+    pair: Pair, labels: Labels | None, tolerance_mm: float | None, labelled: Sequence[str] | None = None,
+) -> CaseMetrics:
+    """Read and measure one case; without `labels`, the values other than 0 that occur in it.
+
+    With `labelled`, only these labels are annotated in the reference: every value of the others is undefined.
+    """
     case, prediction_path, reference_path = pair
     prediction, reference, grid = read_pair(prediction_path, reference_path, labels, case)
     ignore = labels.ignore.value if labels and labels.ignore else None
     if labels is not None:
-        targets = targets_of(labels)
+        targets = targets_of(labels, labelled)
     else:
         values = sorted({*label_values(prediction), *label_values(reference)} - {0})
         targets = [(str(value), (value,)) for value in values]
     tolerance = default_tolerance_mm(grid.shape, grid.spacing) if tolerance_mm is None else tolerance_mm
     found = examine(reference, prediction, grid.spacing, targets, tolerance, ignore)
-    return CaseMetrics(case=case, metrics=found.metrics, lesions=found.lesions, tolerance_mm=tolerance)
+    metrics = found.metrics
+    if labels is not None:
+        metrics = {name: metrics.get(name, dict.fromkeys((*METRICS, *COUNTS))) for name, _ in targets_of(labels)}
+    return CaseMetrics(case=case, metrics=metrics, lesions=found.lesions, tolerance_mm=tolerance)
 
 
 def pairs_of(predictions: Masks, references: Masks) -> tuple[list[Pair], list[str]]:
@@ -184,20 +196,22 @@ def evaluate(
     """Measure every reference's prediction; files belong together by case name, their endings may differ.
 
     predictions, references: a folder, or files by case. labels: what is measured and which values may occur; without it every
-    value but 0 that is found in any file. nsd_tolerance_mm: None for one voxel in-plane of each case. cases: patients and further
-    manifest columns, where known; without them patients are recognised in the cases' names.
+    value but 0 that is found in any file. nsd_tolerance_mm: None for one voxel in-plane of each case. cases: patients, further
+    manifest columns and which labels are annotated, where known; without them patients are recognised in the cases' names.
     Raises DatasetError when predictions are missing or a file is faulty, GeometryError when a prediction lies on another grid
     than its reference; all faulty cases are listed at once.
     """
     if nsd_tolerance_mm is not None and not (np.isfinite(nsd_tolerance_mm) and nsd_tolerance_mm >= 0):
         raise DatasetError(f"the tolerance of NSD must be 0 mm or more, found {nsd_tolerance_mm}")
     pairs, unused = pairs_of(predictions, references)
+    cases = tuple(cases)
+    labelled = {case.case: case.labelled for case in cases}
     if unused:
         reporter.warn(f"{len(unused)} predictions have no reference and are not measured: {', '.join(unused[:LISTED])}")
     measured: list[CaseMetrics] = []
     faults: list[AutosegError] = []
     with reporter.task("evaluate", len(pairs)) as task:
-        for case, result in run_cases(lambda p: _measure_case(p, labels, nsd_tolerance_mm), pairs, threads):
+        for case, result in run_cases(lambda p: _measure_case(p, labels, nsd_tolerance_mm, labelled.get(p[0])), pairs, threads):
             if isinstance(result, AutosegError):
                 faults.append(result)
             else:

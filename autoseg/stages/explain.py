@@ -29,6 +29,10 @@ TITLES = {
 }
 SHARED = ("normalization", "use_mask_for_norm")  # told once, and again where a configuration differs
 QUIET = ("previous_stage", "next_stage", "inherits_from", "checkpointing")  # told only where there is one
+ORIENTATIONS = {
+    "LPS": "turned to one orientation (head, back, left)", "RAS": "turned to one orientation (head, front, right)",
+    "as_stored": "as stored",
+}
 NETWORKS = {"unet": "U-Net", "residual-unet": "U-Net with residual encoder"}
 NORMALIZATION_WORDS = {
     "ZScoreNormalization": "z-score of each image", "CTNormalization": "CT scale, the same for all images",
@@ -172,7 +176,7 @@ class _Teller:
         """What does not differ from one configuration to the next."""
         plan = self.plan
         kept = "kept as z, y, x" if plan.transpose_forward == (0, 1, 2) else ", ".join("zyx"[a] for a in plan.transpose_forward)
-        turned = "turned to one orientation (head, back, left)" if plan.orientation == "LPS" else "as stored"
+        turned = ORIENTATIONS[plan.orientation]
         lines = _item("Memory planned for", f"{plan.gpu_memory_gb:g} GB", self.reasons("gpu_memory_gb"))
         lines += _item("Arithmetic", plan.precision, self.reasons("precision"))
         lines += _item("Orientation", turned, self.reasons("orientation"))

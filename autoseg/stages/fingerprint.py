@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autoseg.arrays.crop import Bounds, bounding_box, box_slices, nonzero_mask
+from autoseg.arrays.crop import Bounds, box_slices, nonzero_bounds, nonzero_mask
 from autoseg.errors import AutosegError, DatasetError
 from autoseg.files.images import read_case, read_header, read_label
 from autoseg.files.machine import cores, for_each
@@ -43,11 +43,13 @@ class _Measured:
 
 
 def load_case(case: CaseFiles, labels: Labels) -> tuple[Image, NDArray[np.int16] | None]:
-    """Read a case: its image as float32 and its label map as inside indices (int16, z y x), None without a label file.
+    """Read a case: its image (short integers as stored, else float32) and its label map as inside indices (int16, z y x).
+
+    The label map is None without a label file.
 
     Raises AutosegError for files that cannot be read, ValueError for undeclared label values or a label of another shape.
     """
-    image = read_case([Path(path) for path in case.images])
+    image = read_case([Path(path) for path in case.images], as_stored=True)
     if case.label is None:
         return image, None
     stored, _ = read_label(Path(case.label))
@@ -78,7 +80,7 @@ def _case_bytes(case: CaseFiles) -> int:
     return voxels * (4 * sum(header.channels for header in headers) + 24)
 
 
-def _kind(channel: NDArray[np.float32], image: Image) -> str:
+def _kind(channel: NDArray[Any], image: Image) -> str:
     """Return "CT", "RGB" or "" by what a channel looks like."""
     colours = len(image.array_czyx) == 3 and not image.grid.has_direction
     low, high = float(channel.min()), float(channel.max())
@@ -93,7 +95,7 @@ def _kind(channel: NDArray[np.float32], image: Image) -> str:
 
 
 def _label_statistics(
-    image_czyx: NDArray[np.float32], label_zyx: NDArray[np.int16], box: Bounds, grid: Grid, labels: Labels,
+    image_czyx: NDArray[Any], label_zyx: NDArray[np.int16], box: Bounds, grid: Grid, labels: Labels,
     where: NDArray[np.intp],
 ) -> dict[str, LabelFingerprint]:
     """Return volume, place, components and intensities of each foreground label that is present.
@@ -138,7 +140,7 @@ def _measure(case: CaseFiles, dataset: Dataset, sample_size: int) -> _Measured:
     grid = image.grid.mapped(axis_map)
     kinds = tuple(_kind(channel, image) for channel in array)
     oriented = axis_map.apply(array)
-    box = bounding_box(nonzero_mask(oriented))
+    box = nonzero_bounds(nonzero_mask(oriented))
     cropped = np.ascontiguousarray(oriented[(slice(None), *box_slices(box))])
     _, z, y, x = cropped.shape
     statistics: dict[str, LabelFingerprint] = {}
@@ -152,7 +154,7 @@ def _measure(case: CaseFiles, dataset: Dataset, sample_size: int) -> _Measured:
             statistics = _label_statistics(cropped, inside, box, grid, dataset.labels, where)
             seed = int.from_bytes(hashlib.blake2b(case.case.encode(), digest_size=8).digest(), "little")
             drawn = where[np.random.default_rng(seed).integers(0, len(where), sample_size)]
-            sample = cropped.reshape(len(array), -1)[:, drawn]
+            sample = cropped.reshape(len(array), -1)[:, drawn].astype(np.float32)
     record = CaseFingerprint(
         case=case.case, shape=grid.shape, shape_after_crop=(z, y, x), spacing=grid.spacing,
         relative_size_after_crop=z * y * x / math.prod(grid.shape), labels=statistics, content=content_hash(case_files(case)),

@@ -21,10 +21,9 @@ from autoseg.types.selection import Selection
 from autoseg.types.trust import CaseNumbers, Trust
 
 if TYPE_CHECKING:
-    import torch
-
     from autoseg.arrays.quality import Features
     from autoseg.inference import Member, Model
+    from autoseg.inference.gauge import Gauge
 
 FILE = "trust.json"
 
@@ -74,7 +73,7 @@ class Judge:
         return describe_image(image, model.members[0].plan, model.members[0].configuration)
 
     def columns(
-        self, model: Model, placements: Sequence[Placement], logits: Sequence[torch.Tensor], label_zyx: NDArray[np.integer],
+        self, model: Model, placements: Sequence[Placement], gauges: Sequence[Gauge], label_zyx: NDArray[np.integer],
         image: CaseNumbers,
     ) -> dict[str, str]:
         """Columns of summary.csv, empty where nothing can be told.
@@ -84,7 +83,7 @@ class Judge:
         """
         from autoseg.arrays.quality import estimate_quality, mean_entropy
 
-        features = prediction_features(model, placements, logits)
+        features = prediction_features(model, placements, gauges)
         row = dict.fromkeys(["quality", "quality_low", "quality_high"], "")
         comparable = self._comparable(model)
         if self.trust.quality_mean is not None and comparable:
@@ -104,31 +103,29 @@ class Judge:
         return self.mirror == self.trust.mirror or not any(member.mirror_axes for member in model.members)
 
 
-def prediction_features(
-    model: Model, placements: Sequence[Placement], logits: Sequence[torch.Tensor]
-) -> dict[str, Features | None]:
-    """Features of a prediction by structure, from logits made with uncertainty; members of an ensemble are averaged."""
+def prediction_features(model: Model, placements: Sequence[Placement], gauges: Sequence[Gauge]) -> dict[str, Features | None]:
+    """Features of a prediction by structure, from what its members are judged by; members of an ensemble are averaged."""
     from autoseg.arrays.quality import weighted
 
-    members = list(zip(model.members, placements, logits, strict=True))
+    members = list(zip(model.members, placements, gauges, strict=True))
     each = [_member_features(model, member, placement, one) for member, placement, one in members]
     shares = [member.weight for member in model.members]
     return {name: weighted([one[name] for one in each], shares) for name, _ in model.labels.targets}
 
 
-def _member_features(model: Model, member: Member, placement: Placement, logits: torch.Tensor) -> dict[str, Features | None]:
+def _member_features(model: Model, member: Member, placement: Placement, gauge: Gauge) -> dict[str, Features | None]:
     """Features of one member's prediction, on its own grid."""
-    from autoseg.arrays.quality import beliefs, target_features
+    from autoseg.arrays.quality import target_features
 
-    labels, classes = model.labels, model.labels.output_count
-    decision, everywhere, own = beliefs(logits[:classes], bool(labels.regions))
-    entropy, disagreement = (logits[classes + i].cpu().numpy() for i in (0, 1))
+    labels, beliefs = model.labels, gauge.beliefs
+    assert beliefs is not None, "the prediction was not made to be judged"
+    entropy, disagreement = (gauge.maps[i].numpy() for i in (0, 1))
     voxel_ml = _voxel_ml(placement)
     found: dict[str, Features | None] = {}
     for index, (name, _) in enumerate(labels.targets):
         place = index if labels.regions else index + 1
-        mask: NDArray[np.bool_] = decision[place] > 0 if labels.regions else decision == place
-        sums = (float(everywhere[place]), float(own[place]))
+        mask: NDArray[np.bool_] = beliefs.decision[place] > 0 if labels.regions else beliefs.decision == place
+        sums = (float(beliefs.everywhere[place]), float(beliefs.own[place]))
         flat = member.configuration.dims == 2
         found[name] = target_features(mask, entropy, disagreement, sums, voxel_ml, _spacing(placement), flat)
     return found

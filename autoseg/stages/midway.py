@@ -45,7 +45,9 @@ class Midway:
 
     def __init__(self, workspace: Workspace, record: RunRecord, validation: Sequence[StoredCase], folder: RunFolder) -> None:
         self.record, self.path = record, folder.path / FILE
-        labels = {c.case: Path(c.label) for c in workspace.dataset().cases if c.label is not None}
+        cases = workspace.dataset().cases
+        labels = {c.case: Path(c.label) for c in cases if c.label is not None}
+        self._labelled = {c.case: c.labelled for c in cases}
         usable = [case for case in validation if case.name in labels]
         chosen = sorted(usable, key=lambda case: (-len(case.record.locations), _hash(case.name)))[:CASES]
         self.cases = {case.name: (case, labels[case.name]) for case in chosen}
@@ -97,7 +99,7 @@ class Midway:
         from autoseg.inference import Member, Model
 
         begin = time.perf_counter()
-        member = Member(self.record.plan, self.record.configuration, (copy.deepcopy(training.network),), ())
+        member = Member(self.record.plan, self.record.configuration, (copy.deepcopy(training.result),), ())
         model = Model([member], training.job.device, training.job.precision, mirror=False)
         measured = [self._case(model, case, label) for case, label in self.cases.values()]
         return MidwayRecord(
@@ -107,13 +109,13 @@ class Midway:
 
     def _case(self, model: Model, case: StoredCase, label: Path) -> CaseMetrics:
         previous = case.read_previous() if self.record.previous is not None else None
-        logits = model.slide(model.members[0], case.read_image(), previous)
-        found = model.restore([logits], [case.placement]).label_zyx
+        stream = model.slide(model.members[0], case.read_image(), previous)
+        found = model.finish(model.settle([stream], [case.placement])).label_zyx
         truth, grid = read_label(label)
         labels = model.labels
         ignore = labels.ignore.value if labels.ignore else None
-        tolerance = default_tolerance_mm(grid.shape, grid.spacing)
-        metrics = examine(truth, found, grid.spacing, targets_of(labels), tolerance, ignore).metrics
+        targets, tolerance = targets_of(labels, self._labelled[case.name]), default_tolerance_mm(grid.shape, grid.spacing)
+        metrics = examine(truth, found, grid.spacing, targets, tolerance, ignore).metrics
         return CaseMetrics(case=case.name, metrics=metrics)
 
 

@@ -74,11 +74,12 @@ def model_of(file: ModelFile, options: Options) -> Model:
 
 def assemble(members: Sequence[Member], options: Options, postprocessing: Sequence[Any] = ()) -> Model:
     """A model of loaded members on the device and in the precision that are asked for."""
-    from autoseg.inference import Model
+    from autoseg.inference import Limits, Model
     from autoseg.networks.hardware import pick_device, pick_precision
 
     device = pick_device(options.device)
-    return Model(members, device, pick_precision(device, options.precision), options.mirror, postprocessing)
+    limits = Limits.of_gb(options.max_ram, options.gpu_memory)
+    return Model(members, device, pick_precision(device, options.precision), options.mirror, postprocessing, limits)
 
 
 def trained_network(description: Description, tensors: dict[str, torch.Tensor]) -> Network:

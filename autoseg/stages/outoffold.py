@@ -102,7 +102,8 @@ class OutOfFold:
                         task.advance(note=f"{run} {case.case}")
 
     def _case_key(self, key: str, case: CaseFiles) -> str:
-        return digest([key, source_states([Path(p) for p in (*case.images, str(case.label))])])
+        states = source_states([Path(p) for p in (*case.images, str(case.label))])
+        return digest([key, states] if case.labelled is None else [key, states, case.labelled])
 
     def _predict_case(self, model: Model, case: CaseFiles) -> tuple[NDArray[np.float32], dict[str, Any]]:
         begin = time.perf_counter()
@@ -119,8 +120,9 @@ class OutOfFold:
             finally:
                 model.mirror = True
             index = self.contest.labels.encode(plain.label_zyx)
-            notes["plain"] = self.targets.overlap(self.targets.confusion(truth, index)).tolist()
-            notes["totals"] = self.targets.totals(truth).tolist()
+            targets = self.contest.targets(case)
+            notes["plain"] = targets.overlap(targets.confusion(truth, index)).tolist()
+            notes["totals"] = targets.totals(truth).tolist()
             notes["plain_seconds"] = {"read": read, **plain.seconds}
         return found.probabilities_czyx, notes
 
@@ -132,8 +134,8 @@ class OutOfFold:
         """A case of all runs, reduced to the voxels on which they disagree."""
         stored = [load_probabilities(self.path(run, fold, case)) for run in self.runs]
         box, regions = joint_box([one.box for one in stored]), bool(self.contest.labels.regions)
-        truth, _ = self.contest.truth(case)
-        return CaseTable.of([one.on(box, regions) for one in stored], truth[box], self.targets.totals(truth), self.targets)
+        (truth, _), targets = self.contest.truth(case), self.contest.targets(case)
+        return CaseTable.of([one.on(box, regions) for one in stored], truth[box], targets.totals(truth), targets)
 
     def averaged(self, fold: int, case: CaseFiles, runs: Sequence[str], weights: Sequence[float]) -> Averaged:
         """The weighted mean of some runs' probabilities."""
@@ -145,14 +147,14 @@ class OutOfFold:
             mean = mean + share * one.on(box, regions).astype(np.float32)
         truth, grid = self.contest.truth(case)
         index = self.targets.decide(mean)
-        return Averaged(mean, index, truth[box], self.targets.totals(truth), box, grid)
+        return Averaged(mean, index, truth[box], self.contest.targets(case).totals(truth), box, grid)
 
     def mask(self, fold: int, case: CaseFiles, run: str) -> Averaged:
         """The mask that validation left of one run, without probabilities."""
         label, grid = read_label(self.contest.masks(run)[case.case])
         index, (truth, _) = self.contest.labels.encode(label), self.contest.truth(case)
         box = with_margin(bounding_box(index > 0) or (slice(0, 1),) * 3, index.shape)
-        return Averaged(None, index[box], truth[box], self.targets.totals(truth), box, grid)
+        return Averaged(None, index[box], truth[box], self.contest.targets(case).totals(truth), box, grid)
 
     def close(self) -> None:
         """Remove the stored probabilities."""

@@ -146,7 +146,7 @@ def search_postprocessing(
     mm3, mm = _voxel(contest)
     for number in range(ROUNDS):
         tried = alternatives(contest.labels, targets, state.steps, mm3, mm, networks, crf)
-        dice, seconds = _try_all(contest, load, targets, state.steps, tried, number, reporter, threads)
+        dice, seconds = _try_all(contest, load, state.steps, tried, number, reporter, threads)
         if not _keep(state, tried, dice, seconds, contest, targets, tail):
             break
     return Postprocessing(tuple(state.steps), tuple(state.trials.values()), sum(state.gains))
@@ -160,14 +160,14 @@ def _voxel(contest: Contest) -> tuple[float, float]:
 
 
 def _try_all(
-    contest: Contest, load: Load, targets: Targets, steps: Sequence[Spec], tried: Sequence[Alternative], number: int,
-    reporter: Reporter, threads: int,
+    contest: Contest, load: Load, steps: Sequence[Spec], tried: Sequence[Alternative], number: int, reporter: Reporter,
+    threads: int,
 ) -> tuple[Floats, Floats]:
     """Dice (1 + alternatives, cases, targets), unchanged first, and mean seconds per case (alternatives,)."""
     name = f"post-processing, {len(tried)} settings" if not number else f"post-processing, round {number + 1}"
     results = []
     with reporter.task(name, len(contest.order)) as task, ThreadPoolExecutor(max(threads, 1)) as pool:
-        for found in pool.map(lambda one: _try_case(load, one[0], one[1], targets, steps, tried), contest.order):
+        for found in pool.map(lambda one: _try_case(load, one[0], one[1], contest.targets(one[1]), steps, tried), contest.order):
             results.append(found)
             task.advance(note=contest.order[len(results) - 1][1].case)
     return np.stack([dice for dice, _ in results], 1), np.mean([seconds for _, seconds in results], 0)

@@ -5,46 +5,37 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from autoseg.arrays.unusual import combined, describe_image, describe_mask, unusual
-from autoseg.errors import AutosegError, CasesFailed, RunError
-from autoseg.files.images import read_case, write_label, write_probabilities
+from autoseg.errors import RunError
 from autoseg.files.masks import MaskFolder
 from autoseg.files.model import ModelFile
 from autoseg.files.runs import RunFolder, load_tensors
 from autoseg.files.workspace import Workspace, load_record
 from autoseg.logs import SILENT, Reporter
-from autoseg.stages.judge import Judge, find_judge
+from autoseg.stages.judge import find_judge
 from autoseg.stages.models import Source, assemble, file_source, trained_network
-from autoseg.types.case import Image
+from autoseg.stages.predict_cases import Work, predict_cases
 from autoseg.types.dataset import CaseFiles
-from autoseg.types.geometry import Grid
-from autoseg.types.labels import Labels
 from autoseg.types.record import Spec
 from autoseg.types.run import RunRecord
 from autoseg.types.selection import Selection
-from autoseg.types.trust import CaseNumbers, TrainingCases
 
 if TYPE_CHECKING:
-    import torch
-
-    from autoseg.inference import Member, Model, Prediction
-    from autoseg.types.case import Preprocessed
+    from autoseg.inference import Member, Model
 
 PREFERRED = ("3d_fullres", "3d_cascade_fullres", "2d", "3d_lowres")  # order of trust when nothing was selected
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to predict; `folds` None means all that are trained. `probabilities` and `uncertainty` ask for further files."""
+    """How to predict; `folds` None means all that are trained. `probabilities` and `uncertainty` ask for further files.
+
+    `max_ram` is GB (2**30 bytes) of main memory for the whole process, `gpu_memory` GB on the card; None means what is free.
+    """
 
     folds: tuple[int, ...] | None = None
     device: str = "auto"
@@ -53,6 +44,8 @@ class Options:
     probabilities: bool = False
     overwrite: bool = False
     uncertainty: bool = False
+    max_ram: float | None = None
+    gpu_memory: float | None = None
 
 
 def load_model(
@@ -170,8 +163,10 @@ def predict(
     if not todo:
         reporter.info(f"all {len(cases)} cases are predicted already; --overwrite makes them anew")
         return
-    work = _Work(source.load(), folder, options.probabilities, options.uncertainty, source.judge, source.training)
-    _run(work, todo, reporter, "predict")
+    from autoseg.inference import Wishes
+
+    wishes = Wishes(options.probabilities, options.uncertainty, source.judge is not None)
+    predict_cases(Work(source.load(), folder, wishes, source.judge, source.training), todo, reporter, "predict")
 
 
 def work_source(workspace: Workspace, options: Options, reporter: Reporter = SILENT) -> Source:
@@ -206,7 +201,10 @@ def predict_validation(
     folder = MaskFolder(out, _identity(workspace, runs, options, (), weights))
     todo = [case for case in cases if not folder.is_finished(case, False, replace=True)]
     if todo:
-        _run(_Work(load_model(workspace, runs, options, (), weights), folder), todo, reporter, f"validate fold {fold}")
+        from autoseg.inference import Wishes
+
+        model = load_model(workspace, runs, options, (), weights)
+        predict_cases(Work(model, folder, Wishes()), todo, reporter, f"validate fold {fold}")
 
 
 def _identity(
@@ -235,157 +233,3 @@ def network_hashes(workspace: Workspace, run: str, folds: Sequence[int] | None) 
                 found[f"{run}/fold_{fold}"] = hashlib.file_digest(file, "sha256").hexdigest()
             source = previous_run(folder.record())
     return found if source is None else {**found, **network_hashes(workspace, source, folds)}
-
-
-@dataclass(frozen=True)
-class _Work:
-    """What is made of every case, and where it goes."""
-
-    model: Model
-    folder: MaskFolder
-    probabilities: bool = False
-    uncertainty: bool = False
-    judge: Judge | None = None
-    training: TrainingCases | None = None
-
-    @property
-    def gauged(self) -> bool:
-        """Whether logits are made with uncertainty."""
-        return self.uncertainty or self.judge is not None
-
-
-def _run(work: _Work, todo: Sequence[CaseFiles], reporter: Reporter, name: str) -> None:
-    """Three threads, one case each: the next case is read while this one is computed and the last one is written."""
-    failed: dict[str, str] = {}
-    short: list[CaseFiles] = []  # out of memory while others were in work: tried once more alone
-    with (
-        ThreadPoolExecutor(1, "reader") as reader,
-        ThreadPoolExecutor(1, "writer") as writer,
-        reporter.task(name, len(todo)) as task,
-    ):
-        reading = [reader.submit(_attempt, _read, work, todo[0])]
-        writing: list[Future[object]] = []
-
-        def settle(case: CaseFiles, outcome: object, alone: bool = False) -> bool:
-            if isinstance(outcome, MemoryError) and not alone:
-                short.append(case)
-            elif isinstance(outcome, Exception):
-                failed[case.case] = " ".join((str(outcome) or type(outcome).__name__).split())
-                work.folder.fail(case, failed[case.case])
-            elif isinstance(outcome, str) and outcome:
-                reporter.warn(f"case {case.case} is unlike the training cases: {outcome}")
-            return not isinstance(outcome, Exception)
-
-        for index, case in enumerate(todo):
-            ready = reading.pop().result()
-            if index + 1 < len(todo):
-                reading.append(reader.submit(_attempt, _read, work, todo[index + 1]))
-            logits = _attempt(_compute, work, ready) if settle(case, ready) else None
-            if writing:
-                settle(todo[index - 1], writing.pop().result())
-            if logits is not None and settle(case, logits):
-                writing.append(writer.submit(_attempt, _finish, work, case, ready, logits))
-            task.advance(note=case.case)
-        if writing:
-            settle(todo[-1], writing.pop().result())
-        for case in short:
-            settle(case, _attempt(_whole, work, case), alone=True)
-    if failed:
-        lines = "\n".join(f"  {case}: {why}" for case, why in failed.items())
-        raise CasesFailed(
-            f"{len(failed)} of {len(todo)} cases failed, the rest is done (see {work.folder.path / 'summary.csv'}):\n{lines}"
-        )
-
-
-def _attempt(work: Callable[..., object], *arguments: object) -> object:
-    """The result of one case's work, or the error that makes only this case fail."""
-    from autoseg.networks.hardware import is_out_of_memory
-
-    try:
-        return work(*arguments)
-    except (AutosegError, ValueError, OSError, MemoryError) as error:
-        return error
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        return MemoryError(f"out of memory: {str(error).splitlines()[0]}")
-
-
-@dataclass(frozen=True)
-class _Ready:
-    image_grid: Grid
-    prepared: list[Preprocessed]
-    seconds: dict[str, float]
-    image_czyx: np.ndarray[tuple[int, ...], np.dtype[np.generic]] | None  # kept only for post-processing that looks at it
-    numbers: CaseNumbers | None  # what the image is like, where that is judged
-
-
-def _read(work: _Work, case: CaseFiles) -> _Ready:
-    from autoseg.arrays.postprocess import needs_image
-
-    begin = time.perf_counter()
-    image: Image = read_case([Path(p) for p in case.images])
-    middle = time.perf_counter()
-    prepared = work.model.prepare(image, uncertainty=work.gauged)
-    numbers: CaseNumbers | None = None
-    if work.judge is not None:
-        numbers = work.judge.look(work.model, image)
-    elif work.training is not None:
-        first = work.model.members[0]
-        numbers = describe_image(image, first.plan, first.configuration)
-    seconds = {"read": middle - begin, "preprocess": time.perf_counter() - middle}
-    kept = image.array_czyx if needs_image(work.model.postprocessing) else None
-    return _Ready(image.grid, prepared, seconds, kept, numbers)
-
-
-def _compute(work: _Work, ready: _Ready) -> list[torch.Tensor]:
-    begin = time.perf_counter()
-    pairs = zip(work.model.members, ready.prepared, strict=True)
-    logits = [work.model.logits(member, case, uncertainty=work.gauged) for member, case in pairs]
-    ready.seconds["network"] = time.perf_counter() - begin
-    return logits
-
-
-def _whole(work: _Work, case: CaseFiles) -> str:
-    ready = _read(work, case)
-    return _finish(work, case, ready, _compute(work, ready))
-
-
-def _finish(work: _Work, case: CaseFiles, ready: _Ready, logits: list[torch.Tensor]) -> str:
-    """Restore, judge and write one case; returns in what it is unlike the training cases."""
-    begin = time.perf_counter()
-    model, folder = work.model, work.folder
-    placements = [p.placement for p in ready.prepared]
-    prediction: Prediction = model.restore(logits, placements, work.probabilities, ready.image_czyx, work.uncertainty)
-    ready.seconds["restore"] = time.perf_counter() - begin
-    row = _row(case, ready, prediction.label_zyx, model.labels)
-    if work.judge is not None and ready.numbers is not None:
-        row |= work.judge.columns(model, placements, logits, prediction.label_zyx, ready.numbers)
-    elif work.training is not None and ready.numbers is not None:
-        whole = combined(ready.numbers, describe_mask(prediction.label_zyx, ready.image_grid, model.labels))
-        row["unusual"] = "; ".join(unusual(whole, work.training))
-    like = Path(case.images[0])
-    folder.path.mkdir(parents=True, exist_ok=True)
-    folder.begin(case, row)
-    begin = time.perf_counter()
-    if prediction.probabilities_czyx is not None:
-        write_probabilities(folder.probabilities(case), prediction.probabilities_czyx, ready.image_grid, like)
-    if prediction.uncertainty_kzyx is not None:
-        write_probabilities(folder.uncertainty(case), prediction.uncertainty_kzyx, ready.image_grid, like)
-    write_label(folder.mask(case), prediction.label_zyx, ready.image_grid, like)
-    folder.end(case, {**row, "seconds_write": f"{time.perf_counter() - begin:.3f}"})
-    return row.get("unusual", "")
-
-
-def _row(
-    case: CaseFiles, ready: _Ready, label_zyx: np.ndarray[tuple[int, ...], np.dtype[np.integer]], labels: Labels
-) -> dict[str, str]:
-    row = {"case": case.case, "status": "done", "error": ""}
-    row.update({f"seconds_{stage}": f"{seconds:.3f}" for stage, seconds in ready.seconds.items()})
-    values, counts = np.unique(label_zyx, return_counts=True)
-    found = dict(zip(values.tolist(), counts.tolist(), strict=True))
-    for label in labels.foreground:
-        voxels = found.get(label.value, 0)
-        row[f"voxels_{label.name}"] = str(voxels)
-        row[f"ml_{label.name}"] = f"{voxels * ready.image_grid.voxel_volume_ml:.4f}"
-    return row

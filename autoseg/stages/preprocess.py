@@ -28,7 +28,7 @@ from autoseg.types.dataset import CaseFiles, Dataset
 from autoseg.types.fingerprint import CaseFingerprint, Fingerprint
 from autoseg.types.plan import Configuration, Plan
 
-_COPIES = 3  # float32 arrays of a case that exist at once: as read, cropped, and one being worked on
+_COPIES = 3  # float32 arrays of a case that exist at once: as read (less for short integers), cropped, and resampled
 
 
 def preprocessing_values(plan: Plan, configuration: Configuration) -> dict[str, Any]:

@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from autoseg.errors import RunError
 from autoseg.files.runs import RunFolder
 from autoseg.files.workspace import Workspace
-from autoseg.types.plan import Plan
+from autoseg.stages.initial import InitialModel, take_topology
+from autoseg.types.plan import Configuration, Plan
 from autoseg.types.run import RunRecord, TrainSpec
+
+if TYPE_CHECKING:
+    from autoseg.trainers.ranks import Ranks
 
 _UNIMPORTANT = {
     "device", "versions", "data", "extended", "plan.notes", "plan.planner", "plan.gpu_memory_gb", "plan.reasons",
@@ -21,9 +26,11 @@ _UNIMPORTANT = {
 
 @dataclass(frozen=True)
 class Options:
-    """Where and how long to train; apart from the length nothing here changes the result beyond rounding.
+    """Where and how long to train, and from what; apart from the length and `init` nothing here changes more than rounding.
 
-    `longer` lets a finished run go on to a larger number of epochs; `time_budget_s` lets the time decide on the number.
+    `longer` lets a finished run go on to a larger number of epochs; `time_budget_s` lets the time decide on the number. `init` is
+    a model file or a work folder to start from. `trackers` are names of `autoseg.stages.trackers`, and `tracker_mode` is how
+    those that could use the network do. `ranks` is this process among several that train one run.
     """
 
     device: str = "auto"
@@ -31,15 +38,31 @@ class Options:
     restart: bool = False
     longer: bool = False
     time_budget_s: float | None = None
+    init: Path | None = None
+    trackers: tuple[str, ...] = ()
+    tracker_mode: str = "offline"
+    ranks: Ranks | None = None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes files: the only one, or the first of those that train together."""
+        return self.ranks is None or self.ranks.first
+
+    def wait(self) -> None:
+        """Go on when all processes that train together are here."""
+        if self.ranks is not None:
+            self.ranks.wait()
 
 
 def make_record(
-    workspace: Workspace, plan: Plan, configuration: str, run: str, fold: int, spec: TrainSpec, options: Options
+    workspace: Workspace, plan: Plan, configuration: str, run: str, fold: int, spec: TrainSpec, options: Options,
+    initial: InitialModel | None = None,
 ) -> RunRecord:
     """The record of a fold that is about to be trained; `data` is still empty.
 
     A finished run is made longer where that is asked for; with a time budget the length of an existing run is taken over, since
-    the budget decides. Raises RunError when a fold of that run was made with other settings.
+    the budget decides. The network's topology is that of the model the fold starts from, or once did. Raises RunError when a fold
+    of that run was made with other settings.
     """
     from autoseg.networks.hardware import pick_device, pick_precision
 
@@ -54,13 +77,30 @@ def make_record(
     extended = old.extended if old is not None else ()
     if old is not None and options.longer and folder.finished and resolved.epochs > old.spec.epochs:
         extended = (*extended, old.spec.epochs)
+    shape, init = _start(workspace, plan, configuration, run, old, initial)
+    plan = plan.model_copy(update={"configurations": {**plan.configurations, configuration: shape}})
     record = RunRecord(
         name=run, configuration=configuration, fold=fold, spec=resolved, plan=own_plan(plan, configuration),
         split=workspace.splits()[fold], data="", device=str(chosen), previous=plan.configurations[configuration].previous_stage,
-        extended=extended, versions=_versions(),
+        init=init, extended=extended, versions=_versions(),
     )
     _require_agreement(workspace, record, old, options.restart)
     return record
+
+
+def _start(
+    workspace: Workspace, plan: Plan, configuration: str, run: str, old: RunRecord | None, initial: InitialModel | None
+) -> tuple[Configuration, str | None]:
+    """The configuration as the fold trains it, and the hash of the model that it starts from, or started from before."""
+    own = plan.configurations[configuration]
+    if initial is not None:
+        network = initial.network(configuration, own)
+        if network.run == run and initial.path.resolve() == workspace.root.resolve():
+            raise RunError(f"run {run!r} would start from itself; give --name NEW to train another one beside it")
+        return take_topology(own, network.shape), initial.key(network)
+    if old is not None and old.init is not None and old.configuration == configuration:
+        return take_topology(own, old.plan.configurations[configuration]), old.init
+    return own, None
 
 
 def own_plan(plan: Plan, configuration: str) -> Plan:
@@ -88,13 +128,20 @@ def _require_agreement(workspace: Workspace, record: RunRecord, old: RunRecord |
             raise RunError(
                 f"run {record.name!r} fold {other.fold} exists already and was made with other settings:\n  "
                 + "\n  ".join(found[:12])
-                + "\ngive --name NEW to train beside it, or --restart to replace it" + _longer(other, record)
+                + "\ngive --name NEW to train beside it, or --restart to replace it"
+                + _longer(other, record) + _begun(other, record)
             )
 
 
 def _longer(old: RunRecord, new: RunRecord) -> str:
     if old.fold == new.fold and old.spec.epochs < new.spec.epochs:
         return f"; --epochs {new.spec.epochs} makes a finished run longer"
+    return ""
+
+
+def _begun(old: RunRecord, new: RunRecord) -> str:
+    if old.init is not None and new.init is None:
+        return f"; run {old.name!r} starts from a model, so give the same --init"
     return ""
 
 

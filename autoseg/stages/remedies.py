@@ -53,6 +53,7 @@ class Context:
         changed = {setting.partition("=")[0] for setting in settings}
         kept = [s for s in given_settings(self.spec) if s.partition("=")[0] not in changed and (
             config == self.configuration or s.partition("=")[0] not in ("augment.mirror", "batch_size"))]
+        kept = [s for s in kept if "loss.kind" not in changed or not s.startswith("loss.")]  # options are those of a kind
         named = ["--name", name] if name != config else []
         return _command("train", self.work, "--config", config, *named, *more,
                         *(part for s in (*kept, *settings) for part in ("--set", s)))
@@ -107,10 +108,28 @@ def _more_foreground(context: Context, why: str) -> list[Remedy]:
     return [Remedy(command=context.train("foreground", f"sampler.foreground={wanted}"), why=why)]
 
 
+def _other_loss(context: Context, kind: str, why: str, *options: str) -> list[Remedy]:
+    if context.spec.loss.kind == kind:
+        return []
+    return [Remedy(command=context.train(kind, f"loss.kind={kind}", *(f"loss.options.{o}" for o in options)), why=why)]
+
+
+def _boundary_loss(context: Context) -> list[Remedy]:
+    spacing: tuple[float, ...] = ()
+    if context.plan is not None and context.configuration in context.configurations:
+        spacing = context.plan.configurations[context.configuration].spacing
+    options = ["spacing=[" + ",".join(f"{s:g}" for s in spacing) + "]"] if spacing else []
+    return _other_loss(context, "boundary", "an error counts by its distance from the boundary", *options)
+
+
+def _tversky(context: Context, why: str, *options: str) -> list[Remedy]:
+    return _other_loss(context, "tversky", why, *options, "ce=1")
+
+
 def _background(context: Context, finding: Finding) -> list[Remedy]:
     return [
         *_more_foreground(context, "more patches that hold the label, so that finding it pays more often"),
-        Remedy(command=context.train("dice", "loss.options.dice=2"), why="Dice counts what is missed more than entropy does"),
+        *_tversky(context, "counts what is missed more than what is found wrongly (0.7 against 0.3)"),
         _select(context, "tries on the out-of-fold masks what is safe to add"),
     ]
 
@@ -120,6 +139,7 @@ def _foreground(context: Context, finding: Finding) -> list[Remedy]:
         _check(context, "and look at the listed cases: structures that are there and were not labelled teach the same error"),
         Remedy(command=context.train("background", f"sampler.foreground={LESS_FOREGROUND}"),
                why="more patches drawn anywhere, so that the network meets what it takes for the label"),
+        *_tversky(context, "counts what is found wrongly more than what is missed (0.7 against 0.3)", "alpha=0.7", "beta=0.3"),
         _select(context, "tries on the out-of-fold masks what is safe to remove"),
     ]
 
@@ -133,6 +153,7 @@ def _blur(context: Context, finding: Finding) -> list[Remedy]:
                                why="sees slices at full detail; afterwards autoseg select tries the two together"))
     return [*remedies, Remedy(command=context.train("longer", f"epochs={2 * context.spec.epochs}"),
                               why="boundaries are what a network learns last"),
+            *_boundary_loss(context),
             _check(context, "and compare the reference contours of the listed cases: no network is more precise than its labels")]
 
 
@@ -146,6 +167,7 @@ def _far(context: Context, finding: Finding) -> list[Remedy]:
 def _small(context: Context, finding: Finding) -> list[Remedy]:
     return [
         *_more_foreground(context, "more patches around the label, small objects among them"),
+        *_tversky(context, "counts what is missed more than what is found wrongly (0.7 against 0.3)"),
         Remedy(command=context.train("longer", f"epochs={2 * context.spec.epochs}"), why="small objects are learned last"),
         _larger(context, "a plan with more memory keeps more detail in the same patch"),
     ]

@@ -1,4 +1,4 @@
-"""--set key=value: typed, path-exact edits of a record."""
+"""--set key=value: typed, path-exact edits of the training record, and presets, which are lists of them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,19 @@ from typing import Any
 from autoseg.errors import RunError
 from autoseg.files.workspace import validate
 from autoseg.types.run import TrainSpec
+
+# What each preset sets before --set does; run.json holds the resolved values
+PRESETS: dict[str, tuple[str, ...]] = {
+    "standard": (),
+    "quick": ("epochs=100", "growth.kind=grow", "ema=0.99", "schedule.warmup=0.02"),
+}
+
+
+def preset(name: str) -> TrainSpec:
+    """The training record of a preset. Raises RunError when there is none of that name."""
+    if name not in PRESETS:
+        raise RunError(f"unknown preset {name!r}; choose from {', '.join(PRESETS)}")
+    return apply_settings(TrainSpec(), PRESETS[name])
 
 
 def apply_settings(spec: TrainSpec, settings: Sequence[str]) -> TrainSpec:

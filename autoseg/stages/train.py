@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from autoseg.datasets.splits import check_splits
 from autoseg.errors import CasesFailed, RunError
 from autoseg.files.machine import cores
 from autoseg.files.preprocessed import StoredCase, digest, open_case
-from autoseg.files.runs import RunFolder
+from autoseg.files.runs import ReadOnlyRunFolder, RunFolder
 from autoseg.files.workspace import Workspace, save_record
 from autoseg.interrupts import Interrupts
 from autoseg.logs import SILENT, Reporter
@@ -22,21 +22,33 @@ from autoseg.stages import cascade
 from autoseg.stages.budget import Budget, Pace, RandomCase, Share, case_seconds, duration, fit_length
 from autoseg.stages.evaluate import evaluate
 from autoseg.stages.fold import train_fold
+from autoseg.stages.initial import InitialModel, open_initial, write_start
 from autoseg.stages.midway import Midway
 from autoseg.stages.predict import predict_validation
 from autoseg.stages.preprocess import data_folder, preprocess
 from autoseg.stages.records import Options, make_record
+from autoseg.stages.trackers import Trackers, require_trackers
 from autoseg.types.plan import Plan
 from autoseg.types.run import RunRecord, TrainSpec
 
 if TYPE_CHECKING:
-    from autoseg.trainers.default import Job, Measured
+    from autoseg.trainers.default import Job
+    from autoseg.trainers.measure import Measured
     from autoseg.trainers.sampling import PatchSource
 
 MEASURE_SECONDS, MEASURE_SHARE = 4.0, 0.02  # of training steps, before a time budget is divided; of the budget at most
 
-__all__ = ["Options", "train", "validate"]
+__all__ = ["Arranged", "Key", "Options", "arrange", "train", "validate"]
 Key = tuple[str, int]  # run, fold
+
+
+@dataclass(frozen=True)
+class Arranged:
+    """What is to be trained and validated: records in the order of need, those asked for, and the model to start from."""
+
+    records: dict[Key, RunRecord]
+    asked: frozenset[Key]
+    initial: InitialModel | None
 
 
 def train(
@@ -61,23 +73,17 @@ def train(
         RecordError: plan or splits are invalid.
     """
     begun = time.monotonic() if started is None else started
-    plan, splits = workspace.plan(), workspace.splits()
-    check_splits(splits, workspace.dataset().cases)
-    names = list(configurations or plan.configurations)
-    wanted = list(range(len(splits))) if folds is None else list(folds)
-    _require_sense(plan, names, wanted, len(splits), name, spec)
-    records = _records(workspace, plan, names, wanted, name, spec, options)
-    for record in records.values():
-        describe(plan.configurations[record.configuration], len(plan.channels), plan.labels.output_count)  # before long work
-    stages = [(plan.configurations[r.configuration].previous_stage, r.configuration) for r in records.values()]
-    needed = list(dict.fromkeys(name for pair in stages for name in pair if name is not None))
-    preprocess(workspace, needed, threads=options.threads, reporter=reporter)
-    asked: set[Key] = {(name or n, fold) for n in names for fold in wanted}
-    fresh = asked if options.restart else set()  # not what only a next stage needs
-    work = _Work(workspace, options, reporter, interrupts or Interrupts(), fresh)
-    budget = work.measure(records, spec, begun)
-    for run, fold in fresh:
-        RunFolder(workspace.fold(run, fold)).clear()
+    if not options.leads:
+        options.wait()  # until the first process has prepared everything
+    arranged = arrange(workspace, configurations, folds, name, spec, options, reporter)
+    records = arranged.records
+    fresh = set(arranged.asked if options.restart else ())  # not what only a next stage needs
+    work = _Work(workspace, options, reporter, interrupts or Interrupts(), fresh, arranged.initial)
+    budget = work.measure(records, spec, begun) if options.ranks is None else None
+    if options.leads:
+        for run, fold in fresh:
+            RunFolder(workspace.fold(run, fold)).clear()
+        options.wait()
     failures: list[str] = []
     for key, record in records.items():
         try:
@@ -88,9 +94,40 @@ def train(
         raise CasesFailed("\n".join(failures))
 
 
+def arrange(
+    workspace: Workspace,
+    configurations: Sequence[str] | None = None,
+    folds: Sequence[int] | None = None,
+    name: str | None = None,
+    spec: TrainSpec = TrainSpec(),
+    options: Options = Options(),
+    reporter: Reporter = SILENT,
+) -> Arranged:
+    """Everything that comes before the first step: what is asked for is checked, and the cases are preprocessed.
+
+    Raises:
+        RunError: unknown configuration, fold or tracker, or a run of that name was made with other settings.
+        RecordError: plan, splits or the model to start from are invalid.
+    """
+    plan, splits = workspace.plan(), workspace.splits()
+    check_splits(splits, workspace.dataset().cases)
+    names = list(configurations or plan.configurations)
+    wanted = list(range(len(splits))) if folds is None else list(folds)
+    _require_sense(plan, names, wanted, len(splits), name, spec)
+    require_trackers(options.trackers)
+    initial = None if options.init is None else open_initial(options.init, workspace)
+    records = _records(workspace, plan, names, wanted, name, spec, options, initial)
+    for record in records.values():  # before long work
+        describe(record.plan.configurations[record.configuration], len(plan.channels), plan.labels.output_count)
+    stages = [(plan.configurations[r.configuration].previous_stage, r.configuration) for r in records.values()]
+    needed = list(dict.fromkeys(name for pair in stages for name in pair if name is not None))
+    preprocess(workspace, needed, threads=options.threads, reporter=reporter)
+    return Arranged(records, frozenset((name or n, fold) for n in names for fold in wanted), initial)
+
+
 def _records(
     workspace: Workspace, plan: Plan, names: Sequence[str], folds: Sequence[int], name: str | None, spec: TrainSpec,
-    options: Options,
+    options: Options, initial: InitialModel | None,
 ) -> dict[Key, RunRecord]:
     """Records of everything to train and validate, in the order of need.
 
@@ -109,12 +146,13 @@ def _records(
                 asked = previous in names and fold in folds
                 own = folder.record().spec if folder.record_path.exists() and not asked else spec
                 kept = options if asked else replace(options, restart=False, longer=False)
-                records[previous, fold] = make_record(workspace, plan, previous, previous, fold, own, kept)
+                start = initial if asked or not folder.record_path.exists() else None
+                records[previous, fold] = make_record(workspace, plan, previous, previous, fold, own, kept, start)
     for configuration in names:
         for fold in folds:
             run = name or configuration
             if (run, fold) not in records:
-                records[run, fold] = make_record(workspace, plan, configuration, run, fold, spec, options)
+                records[run, fold] = make_record(workspace, plan, configuration, run, fold, spec, options, initial)
     return dict(sorted(records.items(), key=lambda item: item[1].previous is not None))  # stable: first stages first
 
 
@@ -141,10 +179,11 @@ class _Work:
     """What training a fold needs to know, and how it is done."""
 
     def __init__(
-        self, workspace: Workspace, options: Options, reporter: Reporter, interrupts: Interrupts, fresh: set[Key]
+        self, workspace: Workspace, options: Options, reporter: Reporter, interrupts: Interrupts, fresh: set[Key],
+        initial: InitialModel | None,
     ) -> None:
         self.workspace, self.options, self.reporter, self.interrupts = workspace, options, reporter, interrupts
-        self.fresh = fresh  # folds that begin anew
+        self.fresh, self.initial = fresh, initial  # folds that begin anew, and from what
 
     def fold(self, key: Key, record: RunRecord, budget: Budget | None) -> None:
         """Train one fold, then segment and judge its validation cases; what is done already is skipped.
@@ -152,31 +191,61 @@ class _Work:
         Raises:
             CasesFailed: some validation cases failed.
         """
-        folder = RunFolder(self.workspace.fold(*key))
-        if record.previous is not None:
+        folder, leads = RunFolder(self.workspace.fold(*key)), self.options.leads
+        if record.previous is not None and leads:
             cascade.prepare(
                 self.workspace, record.previous, record.configuration, device=self.options.device, reporter=self.reporter
             )
+        self.options.wait()
         if not folder.finished or folder.record().spec.epochs != record.spec.epochs:
-            if budget is not None:
-                record = record.model_copy(update={"spec": budget.length(key, record.spec)})
-            record = record.model_copy(update={"data": self._data(record)})
-            validation = self._cases(record, record.split.val)
-            job = self._job(record, self._cases(record, record.split.train), validation)
-            begun, first = time.monotonic(), budget.shares[key].done if budget else 0
-            adjust = (lambda training: budget.adjust(key, training, begun, first)) if budget else (lambda training: None)
-            watch = Midway(self.workspace, record, validation, folder)
-            train_fold(job, folder, record, self.reporter, self.interrupts, adjust, watch)
-        elif record.previous is not None and folder.record().data != self._data(record):
+            self._train(key, record, folder, budget)
+        elif record.previous is not None and folder.record().data != self._data(record) and leads:
             self.reporter.warn(
                 f"{key[0]} fold {key[1]} was trained on other cases or on other segmentations by {record.previous} than there "
                 "are now; train it again with --restart"
             )
             (folder.validation / "report.json").unlink(missing_ok=True)
-        begun = time.monotonic()
-        validate(self.workspace, key[0], key[1], self.options, self.reporter)
-        if budget is not None and key in budget.shares:
-            budget.finish(key, time.monotonic() - begun)
+        self.options.wait()
+        if leads:
+            begun = time.monotonic()
+            validate(self.workspace, key[0], key[1], self.options, self.reporter)
+            if budget is not None and key in budget.shares:
+                budget.finish(key, time.monotonic() - begun)
+        self.options.wait()
+
+    def _train(self, key: Key, record: RunRecord, folder: RunFolder, budget: Budget | None) -> None:
+        """Train one fold to its end."""
+        if budget is not None:
+            record = record.model_copy(update={"spec": budget.length(key, record.spec)})
+        record = record.model_copy(update={"data": self._data(record)})
+        validation = self._cases(record, record.split.val)
+        job = self._job(record, self._cases(record, record.split.train), validation)
+        if not self.options.leads:
+            self.options.wait()  # until the first process has written what training starts from
+            train_fold(job, ReadOnlyRunFolder(folder.path), record, self.reporter, self.interrupts)
+            return
+        self._start(record, job, folder)
+        self.options.wait()
+        begun, first = time.monotonic(), budget.shares[key].done if budget else 0
+        adjust = (lambda training: budget.adjust(key, training, begun, first)) if budget else (lambda training: None)
+        watch = Midway(self.workspace, record, validation, folder)
+        trackers = Trackers(self.options.trackers, folder.path, record, self.options.tracker_mode, self.reporter)
+        try:
+            train_fold(job, folder, record, self.reporter, self.interrupts, adjust, watch, trackers.add)
+        finally:
+            trackers.close(folder.finished)
+
+    def _start(self, record: RunRecord, job: Job, folder: RunFolder) -> None:
+        """Give a fold that starts from a model its first weights, unless it has gone on from them already."""
+        if record.init is None or folder.usable or folder.load_checkpoint() is not None:
+            return
+        if self.initial is None:
+            raise RunError(
+                f"{record.name} fold {record.fold} starts from a model, but has no weights of its own yet; give the same --init "
+                "again, or --restart to begin without"
+            )
+        planned = self.workspace.plan().configurations[record.configuration]
+        write_start(record, planned, job, folder, self.initial, self.reporter)
 
     def measure(self, records: Mapping[Key, RunRecord], spec: TrainSpec, begun: float) -> Budget | None:
         """Measure a step of every configuration that has something to train; say how long it will take, or divide the budget.
@@ -241,7 +310,8 @@ class _Work:
 
     def _pace(self, record: RunRecord, seconds: float) -> Pace | None:
         """Measured seconds of a step, and with a budget of a validation case; None where training will say what is wrong."""
-        from autoseg.trainers.default import Training, measure_step
+        from autoseg.trainers.default import Training
+        from autoseg.trainers.measure import measure_step
 
         if record.previous is None:
             cases: Sequence[PatchSource] = self._cases(record, record.split.train)
@@ -274,21 +344,32 @@ class _Work:
         return [open_case(folder / name) for name in names]
 
     def _data(self, record: RunRecord) -> str:
-        """One hash of all images and labels, as preprocessed, that the fold sees, and of the previous stage's segmentations."""
+        """One hash of what the fold sees: preprocessed images and labels, previous stage's segmentations, what is annotated."""
         cases = self._cases(record, (*record.split.train, *record.split.val))
-        return digest([case.key for case in cases])
+        keys, labelled = [case.key for case in cases], self._labelled(record)
+        return digest([keys, {case.name: labelled[case.name] for case in cases if case.name in labelled}] if labelled else keys)
+
+    def _labelled(self, record: RunRecord) -> dict[str, tuple[int, ...]]:
+        """Indices of the annotated targets of each case that lacks some."""
+        labels, cases = record.plan.labels, self.workspace.dataset().cases
+        return {case.case: labels.annotated(case.labelled) for case in cases if case.labelled is not None}
 
     def _job(self, record: RunRecord, training: Sequence[PatchSource], validation: Sequence[PatchSource]) -> Job:
         from autoseg.networks.hardware import pick_device, pick_precision
         from autoseg.trainers.default import Job
 
-        device = pick_device(self.options.device)
+        device, ranks = pick_device(self.options.device), self.options.ranks
+        size = record.spec.batch_size or record.plan.configurations[record.configuration].batch_size
+        if ranks is not None and size < ranks.world:
+            raise RunError(
+                f"a batch of {size} cannot be divided among {ranks.world} processes; give --set batch_size={ranks.world}"
+            )
         threads = self.options.threads if self.options.threads is not None else (1 if device.type == "cpu" else min(8, cores()))
         previous = len(record.plan.labels.foreground) if record.previous is not None else 0
         plan, precision = record.plan, pick_precision(device, record.spec.precision)
         return Job(
             plan.configurations[record.configuration], plan.labels, len(plan.channels), record.spec, record.fold, training,
-            validation, device, precision, threads, previous,
+            validation, device, precision, threads, previous, self._labelled(record), ranks,
         )
 
 

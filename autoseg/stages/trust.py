@@ -40,6 +40,7 @@ SAMPLE_NUMBERS = 40_000_000  # logits kept of all cases together
 MOST_VOXELS = 4000  # of a case
 PATIENT_PARTS = 5  # where there are too few folds to hold back
 CACHE = "_trust"
+_IMPOSSIBLE = -1e4  # a logit whose probability is 0 at any temperature
 _FIELDS = ("logits", "truth", "weights", "near")  # of a VoxelSample
 
 Parts = tuple[list[int], Literal["folds", "patients", "none"]]
@@ -79,7 +80,8 @@ def calibrate(
         networks.update(network_hashes(workspace, run, None))
     steps = [step.model_dump(mode="json") for step in selection.postprocessing]
     shared = digest([VERSION, networks, selection.runs, selection.run_weights, steps, folds])
-    keys = {case.case: digest([shared, fold, source_states([Path(p) for p in (*case.images, str(case.label))])])
+    keys = {case.case: digest([shared, fold, source_states([Path(p) for p in (*case.images, str(case.label))]),
+                               *([case.labelled] if case.labelled is not None else [])])
             for fold, case in order}
     path, inputs = trust_path(workspace), digest(keys)
     known = _known(path)
@@ -155,31 +157,40 @@ def _collect(
 
 def _examine(model: Model, fold: int, case: CaseFiles, count: int) -> _Evidence:
     """Predict one case and compare it with its reference."""
+    from autoseg.inference import Wishes
+
     image, truth = load_case(case, model.labels)
     assert truth is not None
-    prepared = model.prepare(image, truth, uncertainty=True)
+    judged = Wishes(judged=True)
+    prepared = model.prepare(image, truth, judged)
     pairs = list(zip(model.members, prepared, strict=True))
     logits = [model.logits(member, one, uncertainty=True) for member, one in pairs]
     placements = [one.placement for one in prepared]
-    label = model.restore(logits, placements, image_czyx=image.array_czyx).label_zyx
+    decided = model.settle(logits, placements, judged)
+    label = model.finish(decided, image.array_czyx).label_zyx
     labels = model.labels
     found = measure(truth, labels.encode(label), image.grid.spacing, labels.targets, 0.0, labels.ignore_index, surfaces=False)
     plan, configuration = model.members[0].plan, model.members[0].configuration
+    annotated = labels.annotated(case.labelled)
     facts = _Facts(
-        dice={name: values["dice"] for name, values in found.items()},
-        features=prediction_features(model, placements, logits),
+        dice={name: values["dice"] if i in annotated else None for i, (name, values) in enumerate(found.items())},
+        features=prediction_features(model, placements, decided.gauges),
         numbers=combined(describe_image(image, plan, configuration), describe_mask(label, image.grid, labels)),
     )
     seed = int.from_bytes(hashlib.blake2b(case.case.encode(), digest_size=8).digest(), "little")
-    samples = [_sample(model, one, prediction.cpu().numpy()[: labels.output_count], count, np.random.default_rng(seed))
+    samples = [_sample(model, one, prediction.cpu().numpy()[: labels.output_count], annotated, count, np.random.default_rng(seed))
                for one, prediction in zip(prepared, logits, strict=True)]
     return _Evidence(case, fold, facts, tuple(samples))
 
 
 def _sample(
-    model: Model, prepared: Preprocessed, logits_czyx: NDArray[np.float32], count: int, rng: np.random.Generator
+    model: Model, prepared: Preprocessed, logits_czyx: NDArray[np.float32], annotated: Sequence[int], count: int,
+    rng: np.random.Generator,
 ) -> VoxelSample:
-    """Voxels of one run's prediction on the preprocessed grid, with what is true of them."""
+    """Voxels of one run's prediction on the preprocessed grid, with what is true of them.
+
+    Where not every target is `annotated`, the others are merged with the background, in which they are in the reference.
+    """
     labels, truth = model.labels, prepared.label_zyx
     assert truth is not None
     decided = (logits_czyx > 0).sum(0) if labels.regions else logits_czyx.argmax(0)
@@ -189,8 +200,15 @@ def _sample(
     values = np.maximum(truth.reshape(-1)[places], 0)
     if labels.regions:
         values = np.stack([np.isin(values, indices) for _, indices in labels.targets], 1).astype(np.int16)
-    kept = logits_czyx.reshape(len(logits_czyx), -1)[:, places].T
-    return VoxelSample(kept.astype(np.float32), values, weights, near.reshape(-1)[places])
+    kept = logits_czyx.reshape(len(logits_czyx), -1)[:, places].T.astype(np.float32)
+    hidden = [i + (not labels.regions) for i in range(len(labels.targets)) if i not in annotated]
+    if hidden and labels.regions:
+        values[:, hidden] = 0
+    elif hidden:
+        kept[:, 0] = np.logaddexp.reduce(kept[:, [0, *hidden]], axis=1)
+        values = np.where(np.isin(values, hidden), 0, values)
+    kept[:, hidden] = _IMPOSSIBLE
+    return VoxelSample(kept, values, weights, near.reshape(-1)[places])
 
 
 def _save(path: Path, key: str, evidence: _Evidence) -> None:

@@ -73,6 +73,10 @@ FAULTS: dict[str, FaultKind] = {
         "warning", "headers differ by rounding noise only", "nothing to do: the geometry of the image is used"),
     "absent-label": FaultKind(
         "warning", "a declared label does not occur in some cases", "nothing to do if that is true of the anatomy"),
+    "unannotated-label": FaultKind(
+        "warning", "a label file holds a label that is not among those declared as annotated in its case (`labelled`)",
+        "name the label in `labelled` if it is annotated completely; else nothing to do: training takes such voxels for "
+        "background or any label that is not annotated there"),
     "duplicate-image": FaultKind(
         "warning", "the same image is there under two names",
         "remove one of the two, or give both the same group so that they share a fold"),

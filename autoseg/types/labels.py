@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import model_validator
 
 from autoseg.types.record import Record
+
+_TABLE = 1 << 16  # label values are looked up in a table up to this range
 
 
 class Label(Record):
@@ -82,17 +86,34 @@ class Labels(Record):
             return tuple((r.name, tuple(index[v] for v in r.values)) for r in self.regions)
         return tuple((label.name, (i + 1,)) for i, label in enumerate(self.foreground))
 
+    def annotated(self, names: Iterable[str] | None) -> tuple[int, ...]:
+        """Indices of the targets that are annotated where the foreground labels of these names are; None: all of them.
+
+        A region is annotated when each of its labels is.
+        """
+        if names is None:
+            return tuple(range(len(self.targets)))
+        given = set(names)
+        known = {i for i, label in enumerate(self.foreground, start=1) if label.name in given}
+        return tuple(number for number, (_, indices) in enumerate(self.targets) if set(indices) <= known)
+
     def encode(self, label_zyx: NDArray[np.integer]) -> NDArray[np.int16]:
         """Disk values to inside indices, any shape. Raises ValueError for a value that is not declared."""
         values = np.asarray(self.values)
+        array = np.asarray(label_zyx)
+        low, high = min(0, int(array.min(initial=0))), max(0, int(array.max(initial=0)))
+        if high - low > _TABLE:  # values far apart: those that are there are few
+            there, array = np.unique(array, return_inverse=True)
+        else:
+            there, array = np.arange(low, high + 1), array.astype(np.intp) - low
         order = np.argsort(values)
-        place = np.clip(np.searchsorted(values[order], label_zyx), 0, len(values) - 1)
-        index = order[place]
-        wrong = values[index] != label_zyx
-        if wrong.any():
-            found = np.unique(np.asarray(label_zyx)[wrong])[:10].tolist()
+        place = np.clip(np.searchsorted(values[order], there), 0, len(values) - 1)
+        index = np.where(values[order[place]] == there, order[place], -1).astype(np.int16)
+        encoded: NDArray[np.int16] = np.take(index, array).reshape(np.shape(label_zyx))
+        if encoded.min(initial=0) < 0:
+            found = np.unique(np.asarray(label_zyx)[encoded < 0])[:10].tolist()
             raise ValueError(f"label values {found} are not declared (declared: {sorted(self.values)})")
-        return index.astype(np.int16)
+        return encoded
 
     def decode(self, index_zyx: NDArray[np.integer]) -> NDArray[np.integer]:
         """Inside indices (0..K) to disk values, in the smallest integer type that holds them all."""

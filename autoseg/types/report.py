@@ -211,5 +211,6 @@ def _means(rows: list[Values]) -> Values:
 
 
 def _empty(rows: Iterable[Mapping[str, Value]]) -> EmptyCount:
-    kinds = [(bool(row.get("n_reference")), bool(row.get("n_prediction"))) for row in rows]
+    counted = [row for row in rows if row.get("n_reference") is not None]  # not where the label is not annotated
+    kinds = [(bool(row["n_reference"]), bool(row.get("n_prediction"))) for row in counted]
     return EmptyCount(absent=kinds.count((False, False)), missed=kinds.count((True, False)), spurious=kinds.count((False, True)))

@@ -93,7 +93,9 @@ class TrainSpec(Record):
         return self.epochs * self.steps_per_epoch
 
     def mirror_axes(self, configuration: Configuration) -> Ints:
-        """Axes of the patch that are flipped: what the user says, else what the plan says, else all of them."""
+        """Axes of the patch that are flipped: what the user says, else the plan, else all of them; without augmentation none."""
+        if self.augment.kind == "none":
+            return ()
         for axes in (self.augment.mirror, configuration.mirror_axes):
             if axes is not None:
                 return axes

@@ -24,6 +24,7 @@ from autoseg.stages.evaluate import evaluate, report_table
 
 STEPS_PER_EPOCH = 25
 CONFIGURATION = "3d_fullres"
+NAME = "Dataset001_Bench"
 
 
 def ours(data: Path, scratch: Path, minutes: float, batch: int) -> tuple[Path, int, float]:
@@ -44,33 +45,39 @@ def ours(data: Path, scratch: Path, minutes: float, batch: int) -> tuple[Path, i
     return work / "runs" / "measured" / "fold_0" / "validation", epochs * STEPS_PER_EPOCH, seconds
 
 
-def peer(
-    data: Path, venv: Path, scratch: Path, minutes: float, batch: int, splits: Path, workers: int
-) -> tuple[Path, int, float]:
-    root = scratch / "peer"
-    name = "Dataset001_Bench"
+def prepare_peer(data: Path, venv: Path, root: Path, splits: Path) -> dict[str, str]:
+    """Preprocess the data set with nnU-Net, unless it is; check that patches agree; return the environment it runs in."""
     raw, preprocessed, results = root / "raw", root / "preprocessed", root / "results"
     environment = {
         **os.environ, "nnUNet_raw": str(raw), "nnUNet_preprocessed": str(preprocessed), "nnUNet_results": str(results),
-        "PATH": f"{venv / 'bin'}:{os.environ['PATH']}", "nnUNet_n_proc_DA": str(workers), "BENCH_BATCH": str(batch),
-        "BENCH_STEPS": str(STEPS_PER_EPOCH), "BENCH_VAL": "1",
+        "PATH": f"{venv / 'bin'}:{os.environ['PATH']}",
     }
-    if not (preprocessed / name / "nnUNetPlans.json").exists():
-        (raw / name / "imagesTr").mkdir(parents=True, exist_ok=True)
-        (raw / name / "labelsTr").mkdir(parents=True, exist_ok=True)
+    if not (preprocessed / NAME / "nnUNetPlans.json").exists():
+        (raw / NAME / "imagesTr").mkdir(parents=True, exist_ok=True)
+        (raw / NAME / "labelsTr").mkdir(parents=True, exist_ok=True)
         for image in sorted((data / "images").iterdir()):
-            shutil.copy(image, raw / name / "imagesTr" / image.name.replace(".nii.gz", "_0000.nii.gz"))
-            shutil.copy(data / "labels" / image.name, raw / name / "labelsTr" / image.name)
+            shutil.copy(image, raw / NAME / "imagesTr" / image.name.replace(".nii.gz", "_0000.nii.gz"))
+            shutil.copy(data / "labels" / image.name, raw / NAME / "labelsTr" / image.name)
         description = json.loads((data / "dataset.json").read_text())
         wanted = ("channel_names", "labels", "file_ending", "numTraining")
-        (raw / name / "dataset.json").write_text(json.dumps({key: description[key] for key in wanted}))
+        (raw / NAME / "dataset.json").write_text(json.dumps({key: description[key] for key in wanted}))
         command = [str(venv / "bin" / "nnUNetv2_plan_and_preprocess"), "-d", "1", "-c", CONFIGURATION, "-np", "2"]
         subprocess.run(command, check=True, env=environment)
-    theirs = json.loads((preprocessed / name / "nnUNetPlans.json").read_text())["configurations"][CONFIGURATION]["patch_size"]
+    theirs = json.loads((preprocessed / NAME / "nnUNetPlans.json").read_text())["configurations"][CONFIGURATION]["patch_size"]
     planned = Workspace(splits.parent).plan().configurations[CONFIGURATION].patch_size
     assert tuple(theirs) == planned, f"the plans differ: {theirs} and {planned}"
-    shutil.copy(splits, preprocessed / name / "splits_final.json")
-    fold = results / name / f"nnUNetTrainerBench__nnUNetPlans__{CONFIGURATION}" / "fold_0"
+    shutil.copy(splits, preprocessed / NAME / "splits_final.json")
+    return environment
+
+
+def peer(
+    data: Path, venv: Path, scratch: Path, minutes: float, batch: int, splits: Path, workers: int
+) -> tuple[Path, int, float]:
+    environment = {
+        **prepare_peer(data, venv, scratch / "peer", splits), "nnUNet_n_proc_DA": str(workers), "BENCH_BATCH": str(batch),
+        "BENCH_STEPS": str(STEPS_PER_EPOCH), "BENCH_VAL": "1",
+    }
+    fold = scratch / "peer" / "results" / NAME / f"nnUNetTrainerBench__nnUNetPlans__{CONFIGURATION}" / "fold_0"
 
     def run(epochs: int) -> list[float]:
         shutil.rmtree(fold, ignore_errors=True)

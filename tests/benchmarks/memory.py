@@ -28,8 +28,8 @@ from autoseg.networks.hardware import Resolved, autocast
 from autoseg.networks.memory import Memory, training_memory
 from autoseg.planners import fit, rules
 from autoseg.planners.search import ALLOCATOR_SHARE, CONTEXT_GB
-from autoseg.trainers.default import make_optimizer
 from autoseg.trainers.losses import head_count, make_loss
+from autoseg.trainers.optimizers import make_optimizer
 from autoseg.types.dataset import CaseFiles, Dataset
 from autoseg.types.fingerprint import CaseFingerprint, Fingerprint, Intensities
 from autoseg.types.labels import Label, Labels

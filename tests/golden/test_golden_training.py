@@ -12,9 +12,10 @@ import torch
 from numpy.typing import NDArray
 
 from autoseg.files.runs import RunFolder
-from autoseg.trainers.augment import DefaultAugmentation
-from autoseg.trainers.default import Job, State, Training
-from autoseg.trainers.sampling import TRAINING, VALIDATION, Recipe, Sampler
+from autoseg.trainers.default import Job, Training
+from autoseg.trainers.loading import Wanted, make_loader
+from autoseg.trainers.sampling import TRAINING, VALIDATION, Recipe
+from autoseg.trainers.state import State
 from autoseg.types.labels import Label, Labels
 from autoseg.types.plan import Configuration
 from autoseg.types.run import EpochRecord, TrainSpec
@@ -158,9 +159,9 @@ def outline(recipe: Recipe) -> tuple[Any, ...]:
 
 
 def recipes(seed: int, fold: int, stream: int, order: list[int], batch: int = 3) -> dict[int, tuple[Any, ...]]:
-    augmentation = DefaultAugmentation.from_configuration(CONFIGURATION, 1, None)
-    sampler = Sampler([Disc(i) for i in range(4)], augmentation.patch, batch, 0.33, augmentation, seed, fold)
-    return {i: outline(sampler.recipe(stream, i)) for i in order}
+    wanted = Wanted(TrainSpec(seed=seed, batch_size=batch), CONFIGURATION, fold, 1, 0)
+    made = make_loader(wanted, [Disc(i) for i in range(4)], torch.device("cpu"), 0).recipes
+    return {i: outline(made.batch(stream, i // batch)[i % batch]) for i in order}
 
 
 def test_samples_are_functions_of_seed_fold_and_number_alone() -> None:

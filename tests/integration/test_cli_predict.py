@@ -16,11 +16,11 @@ NAMES = ("lungs", "heart", "spine", "nodule")
 SLOW = """
 import time
 import autoseg.inference
-logits = autoseg.inference.Model.logits
+decide = autoseg.inference.Model.decide
 def slow(self, *arguments, **options):
     time.sleep(0.8)
-    return logits(self, *arguments, **options)
-autoseg.inference.Model.logits = slow
+    return decide(self, *arguments, **options)
+autoseg.inference.Model.decide = slow
 """
 
 DIE = """
@@ -263,6 +263,30 @@ def test_broken_cases_are_listed_and_the_others_are_done(cli, predicted, trained
     assert np.array_equal(voxels(out)["aaa.nii.gz"], known["chest1000.nii.gz"]) and rows(out)["aaa"]["error"] == ""
 
 
+def test_one_broken_case_among_ten_leaves_nine_masks_and_one_error(cli, trained, many, tmp_path):
+    folder, out = tmp_path / "images", tmp_path / "masks"
+    folder.mkdir()
+    paths = sorted(many.glob("*_0000.nii.gz"))
+    for index in range(10):
+        shutil.copy(paths[index % len(paths)], folder / f"case{index}_0000.nii.gz")
+    broken = folder / "case4_0000.nii.gz"
+    broken.write_bytes(broken.read_bytes()[:2000])
+    ran = cli.call("predict", trained, folder, "--out", out, "--no-mirror")
+    ran.refused("1 of 10 cases failed", "case4: ", "case4_0000.nii.gz", code=3)
+    assert sorted(voxels(out)) == [f"case{index}.nii.gz" for index in range(10) if index != 4]
+    assert [case for case, row in rows(out).items() if row["status"] == "failed"] == ["case4"]
+    assert sum(line.startswith("  case") for line in ran.err.splitlines()) == 1
+
+
+def test_a_case_that_cannot_fit_says_what_it_would_need(cli, trained, many, tmp_path):
+    for flag in ("--max-ram", "--gpu-memory"):
+        cli.call("predict", trained, many, "--out", tmp_path / "masks", flag, "0").refused(flag)
+    ran = cli.call("predict", trained, many, "--out", tmp_path / "masks", "--max-ram", "0.1")
+    ran.refused("6 of 6 cases failed", "need", "GiB of memory", "GiB are free", code=3)
+    assert not list((tmp_path / "masks").glob("*.nii.gz"))
+    cli.call("predict", trained, many, "--out", tmp_path / "masks", "--max-ram", "64").ok()
+
+
 def test_an_image_with_a_value_that_is_no_number_is_a_failed_case(cli, trained, chest, tmp_path):
     folder, out = tmp_path / "images", tmp_path / "masks"
     shutil.copytree(chest / "unseen" / "images", folder)
@@ -280,15 +304,15 @@ def test_a_case_that_does_not_fit_into_memory_fails_alone(cli, trained, many, tm
 
     from autoseg.inference import Model
 
-    count, fails, logits = [0], {2, 7}, Model.logits  # the second case, and once more when it is tried alone at the end
+    count, fails, decide = [0], {2, 7}, Model.decide  # the second case, and once more when it is tried alone at the end
 
     def short(self, *arguments, **options):
         count[0] += 1
         if count[0] in fails:
             raise torch.OutOfMemoryError(message) if "CUDA" in message else RuntimeError(message)
-        return logits(self, *arguments, **options)
+        return decide(self, *arguments, **options)
 
-    monkeypatch.setattr(Model, "logits", short)
+    monkeypatch.setattr(Model, "decide", short)
     ran = cli.call("predict", trained, many, "--out", tmp_path / "masks").refused("1 of 6 cases failed", "memory", code=3)
     assert "chest001" in ran.err and len(voxels(tmp_path / "masks")) == 5
     count[0], fails = 0, {2}

@@ -14,8 +14,8 @@ import PIL.Image
 import pytest
 from safetensors.numpy import load_file
 
-RUN_FILES = {"run.json", "metrics.jsonl", "weights.safetensors", "progress.png", "validation"}
-METRIC_KEYS = {"epoch", "step", "train_loss", "val_loss", "pseudo_dice", "learning_rate", "seconds", "data_wait"}
+RUN_FILES = {"run.json", "metrics.jsonl", "weights.safetensors", "weights_best.safetensors", "progress.png", "validation"}
+METRIC_KEYS = {"epoch", "step", "train_loss", "val_loss", "pseudo_dice", "learning_rate", "seconds", "data_wait", "skipped"}
 SLOW = """
 import time
 import autoseg.stages.train, autoseg.trainers.default

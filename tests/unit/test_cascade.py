@@ -280,8 +280,8 @@ class TestPrediction:
         made, scan = plan(spacing=0.5), image()
         alone = Model([Member(made, "high", (Echo(),), ())], CPU, "fp32")  # type: ignore[arg-type]
         both = cascade(made, Levels(), Echo())
-        assert both._needed_bytes(scan.grid) > 8 * alone._needed_bytes(scan.grid)
-        monkeypatch.setattr("autoseg.inference.memory_available_bytes", lambda: 2 * alone._needed_bytes(scan.grid))
+        assert both.needed_bytes(scan.grid) > 2 * alone.needed_bytes(scan.grid)
+        monkeypatch.setattr("autoseg.inference.memory.memory_available_bytes", lambda: 2 * alone.needed_bytes(scan.grid))
         with pytest.raises(MemoryError, match="GiB are free"):
             both.prepare(scan)
 

@@ -225,3 +225,35 @@ def test_locations_of_a_tiny_case_are_exact(tmp_path: Path) -> None:
     write_case(tmp_path / "c", case, "k", TARGETS)
     expected = as_set(np.argwhere(case.label_zyx == 1).astype(np.int32))
     assert as_set(open_case(tmp_path / "c").locations[1]) == expected
+
+
+def test_locations_do_not_depend_on_how_many_voxels_are_sorted_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    label = made((12, 40, 50)).label_zyx
+    assert label is not None
+    targets = (*TARGETS, ("abc", (1, 2, 3)), ("none", (9,)))
+    expected = class_locations(label, targets, None, "k")
+    assert sorted(expected) == [1, 2, 4]
+    monkeypatch.setattr(preprocessed, "_LOOKED_AT", 333)
+    found = class_locations(label, targets, None, "k")
+    for target, places in expected.items():
+        np.testing.assert_array_equal(found[target], places)
+
+
+def test_two_writers_of_one_case_leave_a_whole_one(tmp_path: Path) -> None:
+    cases = [made((6, 8, 8), seed=seed) for seed in (0, 1)]
+    errors: list[BaseException] = []
+
+    def write(case: Preprocessed) -> None:
+        try:
+            for _ in range(40):
+                write_case(tmp_path / "c", case, "k", TARGETS)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=write, args=(case,)) for case in cases]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert open_case(tmp_path / "c").shape == (6, 8, 8)

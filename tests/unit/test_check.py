@@ -265,4 +265,4 @@ def test_the_table_lists_every_code_with_its_severity() -> None:
     for code, kind in FAULTS.items():
         assert f"| `{code}` | {kind.severity} |" in table
     warnings = {code for code, kind in FAULTS.items() if kind.severity == "warning"}
-    assert warnings == {"header-rounding", "absent-label", "duplicate-image", "lossy-label"}
+    assert warnings == {"header-rounding", "absent-label", "unannotated-label", "duplicate-image", "lossy-label"}

@@ -22,6 +22,7 @@ from autoseg.stages.curve_rules import curve_findings
 from autoseg.stages.diagnose import describe_diagnosis, diagnose, diagnose_masks, judge
 from autoseg.stages.remedies import Context, advise, given_settings
 from autoseg.stages.settings import apply_settings
+from autoseg.trainers.losses import make_loss
 from autoseg.types.dataset import CaseFiles, Dataset, Split
 from autoseg.types.diagnosis import SYMPTOMS, Diagnosis, Finding
 from autoseg.types.fingerprint import CaseFingerprint, Fingerprint, LabelFingerprint
@@ -289,7 +290,21 @@ def test_every_remedy_is_a_command_with_flags_and_settings_that_exist(symptom, c
     for remedy in advised.remedies:
         program, command, *rest = shlex.split(remedy.command)
         assert program == "autoseg" and {part for part in rest if part.startswith("--")} <= FLAGS[command]
-        apply_settings(TrainSpec(), [value for flag, value in pairwise(rest) if flag == "--set"])
+        spec = apply_settings(TrainSpec(), [value for flag, value in pairwise(rest) if flag == "--set"])
+        make_loss(spec.loss, Labels(foreground=(Label(name="liver", value=1),)), False)
+
+
+def test_another_loss_is_not_given_the_options_of_the_present_one():
+    spec = TrainSpec(loss=LossSpec(options={"dice": 2.0}))
+    command = Context("w", spec=spec).train("x", "loss.kind=tversky")
+    settings = [part for flag, part in pairwise(shlex.split(command)) if flag == "--set"]
+    assert settings == ["loss.kind=tversky"]
+    finding = Finding(symptom="small_objects_missed", target="liver", evidence=())
+    kinds = ["loss.kind=tversky" in remedy.command for remedy in advise(finding, Context("w", spec=spec), []).remedies]
+    assert any(kinds)
+    trained = Context("w", spec=TrainSpec(loss=LossSpec(kind="tversky")))
+    assert not any("loss-" in remedy.command or "--name 3d_fullres-tversky" in remedy.command
+                   for remedy in advise(finding, trained, []).remedies)
 
 
 def test_what_a_run_was_given_is_given_again():

@@ -80,6 +80,7 @@ def test_without_data_a_plan_can_be_told_too() -> None:
     (["configurations", "2d", "mirror_axes"], [1], "Mirroring: along x only Set by hand (planned: none)."),
     (["configurations", "2d", "checkpointing"], 3, "Recomputing: 3 finest stages"),
     (["orientation"], "as_stored", "Orientation: as stored Set by hand (planned: LPS)."),
+    (["orientation"], "RAS", "Orientation: turned to one orientation (head, front, right) Set by hand (planned: LPS)."),
 ])
 def test_a_value_set_by_hand_is_told_with_the_planned_one(place: list[str], value: Any, words: str) -> None:
     plan = changed(place, value)

@@ -563,3 +563,13 @@ def test_real_images_and_labels_share_their_grid_and_masks_go_back_into_it(tmp_p
         write_label(mask, label, image.grid, like=images[0])
         np.testing.assert_array_equal(read_label(mask)[0], label)
         assert_same_geometry(mask, images[0])
+
+
+def test_short_integers_of_a_case_stay_where_asked_for_and_all_files_hold_the_same(tmp_path):
+    short = [write_volume(tmp_path / f"c_000{i}.nii.gz", scene(top=50 * (i + 1), dtype=np.int16)) for i in range(2)]
+    other = write_volume(tmp_path / "c_0002.nii.gz", scene(top=200, dtype=np.uint8))
+    wide = write_volume(tmp_path / "wide.nii.gz", scene(dtype=np.int32))
+    for paths, kind in (([short[0]], np.int16), (short, np.int16), ([*short, other], np.float32), ([wide], np.float32)):
+        assert read_case(paths, as_stored=True).array_czyx.dtype == kind
+        np.testing.assert_array_equal(read_case(paths, as_stored=True).array_czyx, read_case(paths).array_czyx)
+        assert read_case(paths).array_czyx.dtype == np.float32

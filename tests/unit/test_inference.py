@@ -107,10 +107,10 @@ def test_a_pointwise_network_labels_every_voxel_by_its_value(
 def test_the_networks_see_whole_patches_in_batches() -> None:
     network = Pointwise()
     model(network, (8, 8), mirror=False).predict(steps_image((1, 4, 8, 8)) + 1)
-    assert network.seen == [(3, 1, 8, 8), (1, 1, 8, 8)]
+    assert network.seen == [(4, 1, 8, 8)]
     network = Pointwise()
     model(network, (8, 8, 8)).predict(steps_image((1, 8, 8, 8)) + 1)
-    assert network.seen == [(1, 1, 8, 8, 8)] * 8
+    assert network.seen == [(3, 1, 8, 8, 8)] * 2 + [(2, 1, 8, 8, 8)], "eight mirrored copies"
 
 
 def test_mirroring_averages_over_flips() -> None:
@@ -205,7 +205,7 @@ def test_temperatures_change_what_probabilities_are_told_and_never_the_labels(mo
     made = plan(ABC, c=configuration((8, 8, 8)))
     logits = [Pointwise(bias)(torch.from_numpy(image)[None])[0][0].numpy() for bias in (0.0, -1.0)]
     given: list[Any] = []
-    monkeypatch.setattr("autoseg.inference.apply_postprocessing", lambda label, *rest: given.append(rest) or label)
+    monkeypatch.setattr("autoseg.inference.model.apply_postprocessing", lambda label, *rest: given.append(rest) or label)
     for temperatures in ((1.0,), (2.5,), (0.5, 4.0)):
         biases = (0.0, -1.0)[: len(temperatures)]
         members = [
@@ -243,7 +243,7 @@ def test_uncertainty_of_folds_and_mirrors_is_told_and_changes_no_label(labels: L
 
 def test_post_processing_gets_the_probabilities_the_image_and_the_spacing(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
-    monkeypatch.setattr("autoseg.inference.apply_postprocessing", lambda label, *rest: given.append(rest) or label)
+    monkeypatch.setattr("autoseg.inference.model.apply_postprocessing", lambda label, *rest: given.append(rest) or label)
     image, grid = steps_image((1, 5, 6, 7), high=2) + 1, Grid(shape=(5, 6, 7), spacing=(2.0, 1.0, 1.0))
     for kind, with_probabilities in (("threshold", True), ("largest_component", False)):
         steps = [Spec(kind=kind)]

@@ -20,15 +20,17 @@ def project() -> dict[str, object]:
 
 def test_every_package_on_disk_is_listed_for_the_wheel() -> None:
     listed = set(project()["tool"]["setuptools"]["packages"])  # type: ignore[index]
-    inside = {"autoseg", *(f"autoseg.{p.parent.name}" for p in (ROOT / "autoseg").glob("*/__init__.py"))}
+    found = [p for depth in ("", "*/", "*/*/", "*/*/*/") for p in (ROOT / "autoseg").glob(f"{depth}__init__.py")]
+    inside = {".".join(p.parent.relative_to(ROOT).parts) for p in found}
     assert listed == inside
 
 
-def test_the_three_folders_are_linked_and_flat() -> None:
+def test_the_three_folders_are_linked_and_hold_only_packages() -> None:
     for name in SPLIT:
         link = ROOT / "autoseg" / name
         assert link.is_symlink() and link.readlink() == Path("..") / name
-        assert not [p for p in (ROOT / name).iterdir() if p.is_dir() and p.name != "__pycache__"]
+        folders = [p for p in (ROOT / name).iterdir() if p.is_dir() and p.name != "__pycache__"]
+        assert [p for p in folders if not (p / "__init__.py").exists()] == []
 
 
 @pytest.mark.parametrize("name", SPLIT)
@@ -55,7 +57,7 @@ def test_the_version_is_stated_once_to_the_world() -> None:
 
 
 def test_only_the_command_line_prints_and_reads_the_environment() -> None:
-    for path in [*ROOT.glob("autoseg/*.py"), *ROOT.glob("autoseg/*/*.py")]:
+    for path in [p for depth in ("", "*/", "*/*/") for p in ROOT.glob(f"autoseg/{depth}*.py")]:
         if path.parent.name != "cli":
             text = path.read_text()
             assert not re.search(r"^\s*print\(", text, re.MULTILINE), path
@@ -63,7 +65,7 @@ def test_only_the_command_line_prints_and_reads_the_environment() -> None:
 
 
 def test_nothing_is_unpickled_or_evaluated() -> None:
-    for path in [*ROOT.glob("autoseg/*.py"), *ROOT.glob("autoseg/*/*.py")]:
+    for path in [p for depth in ("", "*/", "*/*/") for p in ROOT.glob(f"autoseg/{depth}*.py")]:
         text = path.read_text()
         pattern = r"^\s*(import|from) pickle\b|torch\.load\(|allow_pickle=True|\beval\(\"|\bexec\("
         assert not re.search(pattern, text, re.MULTILINE), path

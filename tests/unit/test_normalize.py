@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from autoseg.arrays import normalize as normalizing
 from autoseg.arrays.normalize import normalize
 from autoseg.types.fingerprint import Intensities
 from autoseg.types.plan import NORMALIZATIONS
@@ -80,3 +81,15 @@ def test_no_normalization_changes_nothing_and_channels_are_independent() -> None
 def test_the_number_of_channels_must_fit() -> None:
     with pytest.raises(ValueError, match="expected 2 channels, found 1"):
         normalize(image(0, 1, 2, 3, 4, 5), EVERYWHERE, ["NoNormalization"] * 2, [False] * 2, [CT])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_z_scores_do_not_depend_on_how_many_voxels_are_reckoned_at_once(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    array = np.random.default_rng(0).normal(500, 3, (1, 7, 8, 9)).astype(np.float32)
+    mask = np.random.default_rng(1).random((7, 8, 9)) > 0.3
+    inside = array[0][mask] if masked else array[0]
+    expected = array[0].copy()
+    expected[mask if masked else ...] = ((inside - inside.mean(dtype=float)) / inside.std(dtype=float)).reshape(inside.shape)
+    monkeypatch.setattr(normalizing, "_BLOCK", 80)
+    normalize(array, mask if masked else None, ["ZScoreNormalization"], [masked], [CT])
+    np.testing.assert_allclose(array[0], expected, atol=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -146,3 +147,28 @@ def test_shapes_that_disagree_are_errors() -> None:
         preprocess(image, np.zeros((4, 4, 3), int), plan_of(one), one)
     with pytest.raises(ValueError, match="expected 1 channels, found 2"):
         preprocess(Image(np.ones((2, 4, 4, 4), np.float32), image.grid, ""), None, plan_of(one), one)
+
+
+@pytest.mark.parametrize("scheme", ["ZScoreNormalization", "CTNormalization", "NoNormalization", "RescaleTo01Normalization"])
+def test_short_integers_give_what_the_same_values_give_as_floats(scheme: str) -> None:
+    array = np.random.default_rng(0).integers(-3, 4, (1, 9, 10, 11)).astype(np.int16)
+    one, grid = configuration((1.5, 1, 0.7), scheme), Grid(shape=(9, 10, 11), spacing=(1, 1, 1))
+    cases = [preprocess(Image(values, grid, ""), array[0] % 3, plan_of(one), one) for values in (array, array.astype(np.float32))]
+    np.testing.assert_array_equal(cases[0].image_czyx, cases[1].image_czyx)
+    np.testing.assert_array_equal(cases[0].label_zyx, cases[1].label_zyx)
+
+
+def test_an_image_that_needs_no_resampling_takes_one_float_array_beside_itself() -> None:
+    array = np.random.default_rng(0).integers(-900, 900, (1, 150, 160, 170), np.int16)
+    one, grid = configuration((1, 1, 1), "ZScoreNormalization"), Grid(shape=(150, 160, 170), spacing=(1, 1, 1))
+    tracemalloc.start()
+    preprocess(Image(array, grid, ""), None, plan_of(one), one)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1.5 * 4 * array.size
+
+
+def test_the_label_of_a_case_is_not_the_array_that_was_given() -> None:
+    label, one = np.ones((4, 4, 4), np.int16), configuration((1, 1, 1))
+    case = preprocess(Image(noise(4, 4, 4), Grid(shape=(4, 4, 4), spacing=(1, 1, 1)), ""), label, plan_of(one), one)
+    assert not np.shares_memory(case.label_zyx, label)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from batchgenerators.augmentations.utils import resize_segmentation
 from numpy.typing import NDArray
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import gaussian_filter, zoom
 from skimage.transform import resize
 
+from autoseg.arrays import resample
 from autoseg.arrays.resample import linear_taps, resample_image, resample_label, resampled_shape, separate_axis
 from autoseg.types.geometry import Shape
 
@@ -118,3 +121,63 @@ def test_linear_taps_are_half_pixel_centred_and_clamped() -> None:
     assert taps.high.tolist() == [1, 1, 1, 1]
     assert taps.weight.tolist() == [0, 0.25, 0.75, 0]
     assert taps.nearest.tolist() == [0, 0, 1, 1]
+
+
+def test_the_spline_matrix_is_that_of_scipys_zoom() -> None:
+    for old, new in ((128, 192), (320, 240), (1, 5), (3, 2), (60, 7), (9, 9)):
+        matrix = np.zeros((new, old))
+        for band in resample._spline_bands(old, new):
+            matrix[band.out, band.read] += band.matrix
+        expected = zoom(np.eye(old), (new / old, 1), order=3, mode="nearest", grid_mode=True)
+        np.testing.assert_allclose(matrix, expected, atol=1e-7)
+
+
+@pytest.mark.parametrize(("old", "new"), [((20, 10, 15), (31, 8, 15)), ((20, 10, 15), (15, 25, 17)), ((5, 40, 9), (20, 9, 8))])
+def test_results_do_not_depend_on_how_many_voxels_are_worked_on_at_once(
+    old: Shape, new: Shape, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    image, label = np.random.default_rng(4).normal(size=(1, *old)).astype(np.float32), smooth_labels(old, 30)
+    spacings = (ISO, (5.0, 1.0, 1.0))
+
+    def run() -> list[NDArray[np.generic]]:
+        return [f for s in spacings for f in (resample_image(image, new, s, ISO), resample_image(image, new, s, ISO, linear=True),
+                                              resample_label(label, new, s, ISO))]
+
+    expected = run()
+    monkeypatch.setattr(resample, "_SLAB", 1)
+    monkeypatch.setattr(resample, "_SCRATCH", 1)
+    monkeypatch.setattr(resample, "_CHUNK", 100)
+    monkeypatch.setattr(resample, "_BLOCK", 5)
+    resample._spline_bands.cache_clear()
+    for found, wanted in zip(run(), expected, strict=True):
+        if wanted.dtype == np.int16:
+            np.testing.assert_array_equal(found, wanted)
+        else:
+            np.testing.assert_allclose(found, wanted, atol=3e-6)
+    resample._spline_bands.cache_clear()
+
+
+def one_by_one(label: NDArray[np.int16], shape: Shape) -> NDArray[np.int16]:
+    """Every voxel on its own: weights of the labels at the eight corners; of tied ones the nearest voxel's, else the smallest."""
+    taps = [linear_taps(old, new) for old, new in zip(label.shape, shape, strict=True)]
+    result = np.empty(shape, np.int16)
+    for place in np.ndindex(*shape):
+        score: dict[int, float] = {}
+        for corner in itertools.product((0, 1), repeat=3):
+            ends = [(tap.low[i], tap.high[i])[side] for tap, i, side in zip(taps, place, corner, strict=True)]
+            weight = 1.0
+            for tap, i, side in zip(taps, place, corner, strict=True):
+                weight *= tap.weight[i] if side else 1 - tap.weight[i]
+            value = int(label[tuple(ends)])
+            score[value] = score.get(value, 0.0) + weight
+        tied = [value for value, weight in score.items() if weight == max(score.values())]
+        nearest = int(label[tuple(tap.nearest[i] for tap, i in zip(taps, place, strict=True))])
+        result[place] = nearest if nearest in tied else min(tied)
+    return result
+
+
+@pytest.mark.parametrize("count", [2, 4, 400])
+@pytest.mark.parametrize("shape", [(10, 12, 8), (5, 6, 4), (7, 9, 11)])
+def test_labels_equal_a_reckoning_voxel_by_voxel_also_where_they_tie(count: int, shape: Shape) -> None:
+    label = np.repeat(np.random.default_rng(count).integers(-1, count, (5, 6, 4), np.int16), 2, 0)
+    np.testing.assert_array_equal(resample_label(label, shape, ISO, ISO), one_by_one(label, shape))

@@ -183,7 +183,7 @@ def test_labels_of_wide_planes_do_not_depend_on_how_rows_are_cut(monkeypatch: py
     logits, place = blobs(3, (6, 40, 40)), placed((6, 40, 40), (9, 70, 65))
     expected = restore_labels(logits, place)
     for size in (1, 3000, 20_000):
-        monkeypatch.setattr("autoseg.arrays.restore._BLOCK_BYTES", size)
+        monkeypatch.setattr("autoseg.arrays.restore.plain._BLOCK_BYTES", size)
         np.testing.assert_array_equal(restore_labels(logits, place), expected)
 
 

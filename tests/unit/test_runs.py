@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import math
 import shutil
@@ -14,7 +16,7 @@ import torch
 
 from autoseg.errors import RecordError, RunError
 from autoseg.files import runs
-from autoseg.files.runs import RunFolder, load_tensors, save_tensors
+from autoseg.files.runs import DiskFull, RunFolder, load_tensors, save_tensors
 from autoseg.types.dataset import Split
 from autoseg.types.labels import Label, Labels
 from autoseg.types.plan import Plan
@@ -120,6 +122,100 @@ def test_a_kill_while_saving_leaves_the_older_checkpoint_and_the_next_save_clear
     assert sorted(p.name for p in (tmp_path / "resume").iterdir()) == ["step_000000010", "step_000000030"]
 
 
+def test_a_disk_that_does_not_give_back_what_was_written_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = RunFolder(tmp_path)
+    save(folder, 10)
+    write = runs.save_tensors
+
+    def forgetful(path: Path, *given: Any) -> str:
+        written = write(path, *given)
+        flip(path)
+        return written
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runs, "save_tensors", forgetful)
+        with pytest.raises(RunError, match="does not hold what was just written to it: the disk is failing"):
+            save(folder, 20)
+    assert found(folder) == 10 and [p.name for p in (tmp_path / "resume").iterdir()] == ["step_000000010"]
+
+
+@pytest.mark.parametrize("moment", ["save_tensors", "write_text", "mkdir"])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_leaves_the_older_checkpoint_and_nothing_torn(
+    moment: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path)
+    save(folder, 10, 20)
+
+    def full(*_args: Any, **_more: Any) -> None:
+        raise OSError(code, "no room")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path if moment == "mkdir" else runs, moment, full)
+        with pytest.raises(DiskFull, match=r"is full: 4\.2 MB are needed, [\d.]+ MB are free\..*same command"):
+            save(folder, 30)
+    assert found(folder) == 20
+    assert sorted(p.name for p in (tmp_path / "resume").iterdir()) == ["step_000000010", "step_000000020"]
+
+
+def test_other_errors_of_the_disk_are_not_called_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_args: Any, **_more: Any) -> None:
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(runs, "save_tensors", failing)
+    with pytest.raises(OSError, match="broken"):
+        save(RunFolder(tmp_path), 1)
+
+
+@pytest.mark.parametrize("newest_whole", [True, False])
+def test_where_room_is_short_the_older_checkpoint_goes_if_the_newest_is_whole(
+    newest_whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path)
+    save(folder, 10, 20)
+    if not newest_whole:
+        flip(tmp_path / "resume" / "step_000000020" / "tensors.safetensors")
+    monkeypatch.setattr(runs, "free_bytes", lambda path: 1000)
+    monkeypatch.setattr(runs, "save_tensors", lambda *given: (_ for _ in ()).throw(OSError(errno.ENOSPC, "no room")))
+    with pytest.raises(DiskFull):
+        save(folder, 30)
+    assert found(folder) == (20 if newest_whole else 10)
+    assert len(list((tmp_path / "resume").iterdir())) == (1 if newest_whole else 2)
+
+
+def test_other_weights_lie_beside_and_finish_nothing(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "work" / "runs" / "r" / "fold_0")
+    folder.save_record(record())
+    for path in (folder.best_weights_path, folder.weights_so_far_path):
+        folder.save_other_weights(path, tensors(4), 7)
+        assert torch.equal(load_tensors(path)["n"], tensors(4)["n"])
+    assert not folder.usable and not folder.finished
+    folder.save_weights(tensors(5), 1000)
+    assert folder.best_weights_path.exists() and not folder.weights_so_far_path.exists()
+    assert folder.stop_files == (folder.path / "stop", tmp_path / "work" / "stop")
+
+
+@pytest.mark.parametrize("kind", [
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
+    torch.bool,
+], ids=str)
+def test_files_are_those_of_the_safetensors_library(kind: torch.dtype, tmp_path: Path) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    given = {"b": torch.arange(6).reshape(2, 3).to(kind), "a": torch.ones(()).to(kind), "none": torch.zeros(0, 3).to(kind),
+             "c": torch.tensor([1.5, -2.5]), "d": torch.tensor([True])}
+    digest = save_tensors(tmp_path / "ours", given, {"epochs": "3", "é": "ß"})
+    assert digest == hashlib.sha256((tmp_path / "ours").read_bytes()).hexdigest()
+    read = load_file(tmp_path / "ours")
+    assert set(read) == set(given) and all(torch.equal(read[name], value) for name, value in given.items())
+    with safe_open(tmp_path / "ours", "pt") as file:
+        assert file.metadata() == {"epochs": "3", "é": "ß"}
+    save_file(given, tmp_path / "theirs")
+    save_tensors(tmp_path / "plain", given)
+    assert (tmp_path / "plain").stat().st_size == (tmp_path / "theirs").stat().st_size
+
+
 def test_saving_weights_finishes_the_run_and_drops_the_checkpoints(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     save(folder, 10)
@@ -164,7 +260,7 @@ def test_metrics_come_back_one_line_per_epoch(tmp_path: Path) -> None:
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 2
     assert list(json.loads(lines[0])) == [
-        "epoch", "step", "train_loss", "val_loss", "pseudo_dice", "learning_rate", "seconds", "data_wait"]
+        "epoch", "step", "train_loss", "val_loss", "pseudo_dice", "learning_rate", "seconds", "data_wait", "skipped"]
     assert folder.metrics() == epochs
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,8 +13,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from autoseg.trainers.augment import AugmentParams, DefaultAugmentation, source_box
-from autoseg.trainers.sampling import TRAINING, VALIDATION, Loader, Recipe, Sampler, read_crop
+from autoseg.contracts import Batch
+from autoseg.errors import RunError
+from autoseg.trainers.augment import AugmentParams, DefaultAugmentation, NoAugmentation, source_box
+from autoseg.trainers.growth import Phase, Sizes
+from autoseg.trainers.loading import Loader, read_crop
+from autoseg.trainers.sampling import TRAINING, VALIDATION, Recipe, Recipes, make_sampler
+from autoseg.types.run import SamplerSpec
 
 
 @dataclass
@@ -59,14 +64,25 @@ def case(name: str, shape: tuple[int, int, int], seed: int = 0, channels: int = 
     return FakeCase(name, rng.normal(size=(channels, *shape)).astype(np.float32), label)
 
 
-def sampler(
-    cases: list[FakeCase], patch: tuple[int, int, int] = (8, 8, 8), batch: int = 2, foreground: float = 0.33, seed: int = 0,
-    fold: int = 0, channels: int = 1,
-) -> Sampler:
+def recipes(
+    cases: Sequence[FakeCase], patch: tuple[int, int, int] = (8, 8, 8), batch: int = 2, foreground: float = 0.33, seed: int = 0,
+    fold: int = 0, channels: int = 1, labels: int = 0, kind: str = "reference",
+) -> Recipes:
     flat = patch[0] == 1
     axes = (1, 2) if flat else (0, 1, 2)
-    augmentation = DefaultAugmentation(patch, channels, flat, math.radians(30), axes)
-    return Sampler(cases, patch, batch, foreground, augmentation, seed, fold)
+    planned = patch[1:] if flat else patch
+    augmentation = DefaultAugmentation(patch, channels, flat, math.radians(30), axes, labels)
+    plain = NoAugmentation(patch, channels, flat, 0.0, (), labels)
+    sizes = Sizes((Phase(0.0, planned, batch),), 1000)
+    sampler = make_sampler(SamplerSpec(kind=kind), cases)
+    return Recipes(cases, sampler, {planned: augmentation}, plain, sizes, foreground, seed, fold)
+
+
+def recipe(one: Recipes, stream: int, index: int) -> Recipe:
+    size = one.sizes.phases[0].batch
+    found = one.batch(stream, index // size)[index % size]
+    assert found.index == index
+    return found
 
 
 def same(a: Recipe, b: Recipe) -> bool:
@@ -80,29 +96,29 @@ THREE = [case(f"case{i}", (20, 22, 24), i) for i in range(3)]
 
 
 def test_a_recipe_does_not_depend_on_what_was_drawn_before() -> None:
-    forward = [sampler(THREE).recipe(TRAINING, i) for i in range(40)]
-    one = sampler(THREE)
-    backward = [one.recipe(TRAINING, i) for i in reversed(range(40))][::-1]
+    forward = [recipe(recipes(THREE), TRAINING, i) for i in range(40)]
+    one = recipes(THREE)
+    backward = [recipe(one, TRAINING, i) for i in reversed(range(40))][::-1]
     assert all(same(a, b) for a, b in zip(forward, backward, strict=True))
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"fold": 1}])
 def test_another_seed_or_fold_gives_other_samples(change: dict[str, int]) -> None:
-    a = [sampler(THREE).recipe(TRAINING, i).start for i in range(20)]
-    assert a != [sampler(THREE, **change).recipe(TRAINING, i).start for i in range(20)]  # type: ignore[arg-type]
+    a = [recipe(recipes(THREE), TRAINING, i).start for i in range(20)]
+    assert a != [recipe(recipes(THREE, **change), TRAINING, i).start for i in range(20)]  # type: ignore[arg-type]
 
 
 def test_validation_samples_are_others_and_are_not_augmented() -> None:
-    one = sampler(THREE)
-    training, validation = ([one.recipe(stream, i) for i in range(60)] for stream in (TRAINING, VALIDATION))
+    one = recipes(THREE)
+    training, validation = ([recipe(one, stream, i) for i in range(60)] for stream in (TRAINING, VALIDATION))
     assert [r.start for r in training] != [r.start for r in validation]
-    assert all(same(r, Recipe(r.index, r.case, r.start, AugmentParams())) for r in validation)
+    assert all(same(r, dataclasses.replace(r, params=AugmentParams())) for r in validation)
     assert any(r.params.matrix is not None for r in training) and any(r.params.steps for r in training)
 
 
 def test_cases_are_drawn_uniformly() -> None:
-    one = sampler(THREE)
-    counts = Counter(one.recipe(VALIDATION, i).case for i in range(1500))
+    one = recipes(THREE)
+    counts = Counter(recipe(one, VALIDATION, i).case for i in range(1500))
     assert all(count == pytest.approx(500, abs=80) for count in counts.values()) and len(counts) == 3
 
 
@@ -112,9 +128,9 @@ def test_cases_are_drawn_uniformly() -> None:
 def test_the_last_third_of_each_batch_is_centred_on_foreground(batch: int, share: float, forced: set[int]) -> None:
     corner = case("corner", (60, 60, 60), labels=0)
     corner.label_zyx[30, 31, 32] = 1
-    one = sampler([corner], batch=batch, foreground=share)
+    one = recipes([corner], batch=batch, foreground=share)
     centred = {
-        i % batch for i in range(batch * 12) if one.recipe(VALIDATION, i).start == (26, 27, 28)
+        k for number in range(12) for k, drawn in enumerate(one.batch(VALIDATION, number)) if drawn.start == (26, 27, 28)
     }
     assert centred == forced
 
@@ -123,10 +139,10 @@ def test_a_forced_patch_holds_a_voxel_of_its_class_and_classes_are_drawn_equally
     one_case = case("many", (30, 30, 30), labels=0)
     one_case.label_zyx[2:12, 2:12, 2:12] = 1  # a thousand voxels
     one_case.label_zyx[28, 29, 27] = 2  # and one
-    one = sampler([one_case], patch=(6, 6, 6), batch=1, foreground=1.0)
+    one = recipes([one_case], patch=(6, 6, 6), batch=1, foreground=1.0)
     holds_rare = 0
     for i in range(400):
-        start = one.recipe(VALIDATION, i).start
+        start = recipe(one, VALIDATION, i).start
         patch = one_case.label_zyx[tuple(slice(max(s, 0), s + 6) for s in start)]
         assert patch.any()
         holds_rare += bool((patch == 2).any())
@@ -137,40 +153,40 @@ def test_a_forced_patch_runs_past_the_far_border_but_not_past_the_near_one() -> 
     for place, start in (((29, 29, 29), (26, 26, 26)), ((0, 0, 0), (0, 0, 0)), ((2, 15, 29), (0, 12, 26))):
         one_case = case("edge", (30, 30, 30), labels=0)
         one_case.label_zyx[place] = 1
-        assert sampler([one_case], patch=(6, 6, 6), batch=1, foreground=1.0).recipe(VALIDATION, 0).start == start
+        assert recipe(recipes([one_case], patch=(6, 6, 6), batch=1, foreground=1.0), VALIDATION, 0).start == start
 
 
 def test_a_case_without_foreground_is_sampled_anywhere() -> None:
     empty = case("empty", (20, 20, 20), labels=0)
-    one = sampler([empty], batch=1, foreground=1.0)
-    starts = np.array([one.recipe(VALIDATION, i).start for i in range(200)])
+    one = recipes([empty], batch=1, foreground=1.0)
+    starts = np.array([recipe(one, VALIDATION, i).start for i in range(200)])
     assert starts.min() == 0 and starts.max() == 12
 
 
 def test_free_patches_fill_the_case_and_stay_inside_it() -> None:
-    one = sampler([case("free", (20, 10, 8))], batch=1, foreground=0.0)
-    starts = np.array([one.recipe(VALIDATION, i).start for i in range(400)])
+    one = recipes([case("free", (20, 10, 8))], batch=1, foreground=0.0)
+    starts = np.array([recipe(one, VALIDATION, i).start for i in range(400)])
     assert starts.min(0).tolist() == [0, 0, 0] and starts.max(0).tolist() == [12, 2, 0]
 
 
 def test_a_case_smaller_than_the_patch_is_centred_in_it() -> None:
-    one = sampler([case("small", (4, 5, 30), labels=0)], batch=1, foreground=0.0)
-    starts = np.array([one.recipe(VALIDATION, i).start for i in range(50)])
+    one = recipes([case("small", (4, 5, 30), labels=0)], batch=1, foreground=0.0)
+    starts = np.array([recipe(one, VALIDATION, i).start for i in range(50)])
     assert (starts[:, :2] == (-2, -1)).all() and starts[:, 2].min() >= 0 and starts[:, 2].max() <= 22
 
 
 def test_with_an_ignore_label_free_patches_are_centred_on_annotated_voxels() -> None:
     one_case = case("sparse", (40, 40, 40), labels=0)
     one_case.annotated = np.array([[20, 21, 22]])
-    one = sampler([one_case], batch=2)
-    assert {one.recipe(VALIDATION, i).start for i in range(10)} == {(16, 17, 18)}
+    one = recipes([one_case], batch=2)
+    assert {recipe(one, VALIDATION, i).start for i in range(10)} == {(16, 17, 18)}
 
 
 def test_nothing_is_read_to_draw_a_recipe() -> None:
     one_case = case("unread", (20, 20, 20))
-    one = sampler([one_case])
+    one = recipes([one_case])
     for i in range(20):
-        one.recipe(TRAINING, i)
+        recipe(one, TRAINING, i)
     assert one_case.reads == []
 
 
@@ -178,32 +194,32 @@ def test_nothing_is_read_to_draw_a_recipe() -> None:
 @pytest.mark.parametrize("patch", [(8, 8, 8), (1, 12, 12)])
 def test_a_crop_is_the_case_padded_with_zero_and_minus_one(shape: tuple[int, int, int], patch: tuple[int, int, int]) -> None:
     one_case = case("padded", shape, channels=2)
-    one = sampler([one_case], patch, channels=2)
+    one = recipes([one_case], patch, channels=2)
     far = 80
     image = np.pad(one_case.image_czyx, [(0, 0)] + [(far, far)] * 3)
     label = np.pad(one_case.label_zyx, far, constant_values=-1)
     for i in range(60):
-        recipe = one.recipe(TRAINING, i)
-        crop = read_crop(one_case, patch, recipe)
-        low, high = source_box(recipe.start, patch, recipe.params.matrix)
+        drawn = recipe(one, TRAINING, i)
+        crop = read_crop(one_case, drawn)
+        low, high = source_box(drawn.start, patch, drawn.params.matrix)
         box = tuple(slice(a + far, b + far) for a, b in zip(low, high, strict=True))
         assert np.array_equal(crop.image_czyx, image[(slice(None), *box)])
         assert np.array_equal(crop.label_zyx, label[box])
-        middle = np.asarray(recipe.start) + (np.asarray(patch) - 1) / 2
+        middle = np.asarray(drawn.start) + (np.asarray(patch) - 1) / 2
         np.testing.assert_allclose(crop.centre + np.asarray(low), middle)
     assert all(0 <= s.start <= s.stop <= n for box in one_case.reads for s, n in zip(box, shape, strict=True))
 
 
 def test_a_box_wholly_outside_the_case_is_all_padding() -> None:
     one_case = case("outside", (6, 6, 6))
-    crop = read_crop(one_case, (4, 4, 4), Recipe(0, 0, (10, -9, 2), AugmentParams()))
+    crop = read_crop(one_case, Recipe(0, 0, (10, -9, 2), AugmentParams(), NoAugmentation((4, 4, 4), 1, False, 0.0, ())))
     assert crop.image_czyx.shape == (1, 4, 4, 4) and not crop.image_czyx.any() and (crop.label_zyx == -1).all()
 
 
 def load(
     threads: int, stream: int = TRAINING, first: int = 0, stop: int = 6, patch: tuple[int, int, int] = (8, 8, 8)
 ) -> list[tuple[torch.Tensor, torch.Tensor, tuple[str, ...]]]:
-    loader = Loader(sampler(THREE, patch), (False,), torch.device("cpu"), threads, 2 if patch[0] == 1 else 3)
+    loader = Loader(recipes(THREE, patch), (False,), torch.device("cpu"), threads, 2 if patch[0] == 1 else 3)
     try:
         return [(b.image, b.label, b.cases) for b in loader.batches(stream, first, stop)]
     finally:
@@ -238,8 +254,8 @@ def test_loading_leaves_the_cases_as_they_are() -> None:
 def test_an_error_while_reading_reaches_the_caller(threads: int) -> None:
     broken = case("broken", (20, 20, 20))
     broken.broken = True
-    loader = Loader(sampler([broken]), (False,), torch.device("cpu"), threads, 3)
-    with pytest.raises(OSError, match="gone"):
+    loader = Loader(recipes([broken]), (False,), torch.device("cpu"), threads, 3)
+    with pytest.raises(RunError, match="case broken cannot be read any more: gone"):
         next(iter(loader.batches(TRAINING, 0, 3)))
     loader.close()
 
@@ -247,33 +263,30 @@ def test_an_error_while_reading_reaches_the_caller(threads: int) -> None:
 def test_stopping_early_leaves_no_thread_behind() -> None:
     import threading
 
-    loader = Loader(sampler(THREE), (False,), torch.device("cpu"), 2, 3)
+    loader = Loader(recipes(THREE), (False,), torch.device("cpu"), 2, 3)
     batches = loader.batches(TRAINING, 0, 1000)
     next(iter(batches))
     loader.close()
     assert not [t for t in threading.enumerate() if t.name.startswith("loader")]
 
 
-def with_previous(patch: tuple[int, int, int], labels: int = 2) -> Sampler:
+def with_previous(patch: tuple[int, int, int], labels: int = 2) -> Recipes:
     """Cases whose previous segmentation is their label."""
     cases = []
     for i in range(3):
         one = case(f"case{i}", (20, 7, 24), i)
         one.label_zyx[5:15, 1:6, 4:12], one.label_zyx[8:12, 2:7, 8:20] = 1, 2
         cases.append(dataclasses.replace(one, previous_zyx=one.label_zyx))
-    flat = patch[0] == 1
-    augmentation = DefaultAugmentation(patch, 1, flat, math.radians(30), (1, 2) if flat else (0, 1, 2), labels)
-    return Sampler(cases, patch, 2, 0.33, augmentation, 0, 0)
+    return recipes(cases, patch, labels=labels)
 
 
 @pytest.mark.parametrize("patch", [(8, 8, 8), (1, 12, 12)])
 def test_the_previous_segmentation_is_read_and_padded_with_background(patch: tuple[int, int, int]) -> None:
     one = with_previous(patch)
     for i in range(40):
-        recipe = one.recipe(TRAINING, i)
-        crop = read_crop(one.cases[recipe.case], patch, recipe, with_previous=True)
-        assert crop.previous_zyx is not None and np.array_equal(crop.previous_zyx, np.maximum(crop.label_zyx, 0))
-        assert read_crop(one.cases[recipe.case], patch, recipe).previous_zyx is None
+        drawn = recipe(one, TRAINING, i)
+        crop = read_crop(one.cases[drawn.case], drawn)
+        assert crop.previous_zyx is not None and torch.equal(crop.previous_zyx, crop.label_zyx.clamp_min(0))
 
 
 @pytest.mark.parametrize("patch", [(8, 8, 8), (1, 12, 12)])
@@ -289,7 +302,7 @@ def test_the_network_gets_it_as_one_channel_per_label_and_only_training_alters_i
         altered = 0
         for number, batch in enumerate(loader.batches(TRAINING, 0, 20)):
             for k in range(2):
-                params = loader.sampler.recipe(TRAINING, 2 * number + k).params
+                params = recipe(loader.recipes, TRAINING, 2 * number + k).params
                 expected = torch.stack([batch.label[k] == 1, batch.label[k] == 2]).float()
                 share = float((batch.image[k, 1:] == expected).float().mean())
                 if not params.morphs and not params.removals:
@@ -299,3 +312,24 @@ def test_the_network_gets_it_as_one_channel_per_label_and_only_training_alters_i
         assert 3 < altered < 25
     finally:
         loader.close()
+
+
+def test_each_rank_reads_its_own_part_of_every_batch_and_together_they_read_all_of_it() -> None:
+    def read(part: Callable[[int], slice] | None) -> list[Batch]:
+        loader = Loader(recipes(THREE, batch=5), (False,), torch.device("cpu"), 1, 3)
+        try:
+            return list(loader.batches(TRAINING, 2, 6, part))
+        finally:
+            loader.close()
+
+    parts = [read(lambda size, rank=rank: slice(rank * size // 2, (rank + 1) * size // 2)) for rank in range(2)]  # type: ignore[misc]
+    for whole, first, second in zip(read(None), *parts, strict=True):
+        assert (len(first.image), len(second.image)) == (2, 3)
+        assert torch.equal(whole.image, torch.cat([first.image, second.image]))
+        assert torch.equal(whole.label, torch.cat([first.label, second.label])) and whole.cases == first.cases + second.cases
+
+
+def test_torch_computes_in_as_many_threads_as_before() -> None:
+    before = torch.get_num_threads()
+    load(0), load(2)
+    assert torch.get_num_threads() == before

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -48,3 +50,22 @@ def test_an_unknown_schedule_lists_the_known_ones() -> None:
 def test_options_that_would_be_ignored_are_refused() -> None:
     with pytest.raises(PluginError, match="takes no options, found steps"):
         make_schedule(ScheduleSpec(options={"steps": 3}))
+
+
+def halves(fraction: float, spec: ScheduleSpec) -> float:
+    """A schedule that a person brings: half as much after each tenth, or after each share that the options name."""
+    return float(0.5 ** int(fraction / spec.options.get("every", 0.1) + 1e-9))
+
+
+def test_a_persons_own_schedule_gets_the_fraction_of_the_run_and_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "own_schedules", SimpleNamespace(halves=halves))  # type: ignore[arg-type]
+    factor = make_schedule(ScheduleSpec(kind="own_schedules:halves"))
+    assert [factor(f) for f in (0.0, 0.1, 0.25)] == [1.0, 0.5, 0.25]
+    factor = make_schedule(ScheduleSpec(kind="own_schedules:halves", options={"every": 0.5}, warmup=0.2))
+    assert factor(0.1) == pytest.approx(0.5, abs=0.01) and [factor(f) for f in (0.2, 0.59, 0.6)] == [1.0, 1.0, 0.5]
+
+
+@pytest.mark.parametrize("spec", [ScheduleSpec(), ScheduleSpec(kind="cosine"), ScheduleSpec(kind="cosine", warmup=0.1)])
+def test_a_run_of_another_length_goes_through_the_same_rates(spec: ScheduleSpec) -> None:
+    short, long = ([make_schedule(spec)(step / steps) for step in range(0, steps, steps // 10)] for steps in (50, 3000))
+    assert short == pytest.approx(long)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,8 +14,11 @@ import torch
 from numpy.typing import NDArray
 
 from autoseg.errors import AutosegError, PluginError, RunError
-from autoseg.trainers.default import Job, Training, _overlap, measure_step
-from autoseg.trainers.losses import Targets
+from autoseg.trainers.default import Job, Training
+from autoseg.trainers.forward import worth_compiling
+from autoseg.trainers.measure import measure_step
+from autoseg.trainers.setbacks import Diverged
+from autoseg.trainers.targets import Targets, count_overlap
 from autoseg.types.labels import Label, Labels, Region
 from autoseg.types.plan import Configuration
 from autoseg.types.run import EpochRecord, TrainSpec
@@ -95,6 +100,8 @@ def test_it_learns_squares_and_dots_in_a_few_steps() -> None:
     pytest.param({"precision": "bf16", "patch": (2, 24, 24), "kind": "residual-unet"}, id="3d-residual-bf16"),
     pytest.param({"optimizer": {"kind": "adamw", "lr": 0.001, "options": {"amsgrad": True}}}, id="adamw"),
     pytest.param({"optimizer": {"momentum": 0}}, id="no-momentum"),
+    pytest.param({"optimizer": {"kind": "torch.optim:RMSprop", "lr": 0.001, "options": {"momentum": 0.5}}}, id="plug-in"),
+    pytest.param({"ema": 0.9}, id="moving-average"),
     pytest.param({"schedule": {"kind": "cosine", "warmup": 0.3}}, id="cosine"),
     pytest.param({"loss": {"kind": "ce"}}, id="ce"),
     pytest.param({"threads": 2}, id="threads"),
@@ -151,13 +158,6 @@ def test_any_seed_will_do() -> None:
     assert [r.train_loss for r in first] != [r.train_loss for r in other]
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run_and_names_step_and_cases() -> None:
-    bad = Squares(0)
-    bad.image[:] = np.nan
-    with pytest.raises(RunError, match=r"the loss became nan at step 0 on cases squares0, squares0, squares0, squares0"):
-        epochs(Training(job(cases=[bad])))
-
-
 def test_weights_that_are_not_finite_are_never_saved() -> None:
     training = Training(job())
     next(iter(training.network.parameters())).data.fill_(float("nan"))
@@ -187,12 +187,12 @@ def test_a_restored_training_shares_nothing_with_the_one_it_came_from() -> None:
 
 
 @pytest.mark.parametrize(("spec", "message"), [
-    ({"augment": {"kind": "none"}}, "unknown augmentation 'none'; choose from default"),
-    ({"augment": {"options": {"rotation": 90}}}, "augmentation 'default' takes no options, found rotation"),
-    ({"sampler": {"kind": "curriculum"}}, "unknown sampler 'curriculum'; choose from reference"),
-    ({"optimizer": {"kind": "lion"}}, "unknown optimizer 'lion'; choose from sgd, adamw"),
+    ({"augment": {"kind": "nonsense"}}, "unknown augment.* 'nonsense'; choose from .*default"),
+    ({"augment": {"options": {"nonsense": 90}}}, "augment.*nonsense"),
+    ({"sampler": {"kind": "curriculum"}}, "unknown sampler 'curriculum'; choose from balanced, reference"),
+    ({"optimizer": {"kind": "lion"}}, "unknown optimizer 'lion'; choose from adamw, sgd, or give module:Name"),
     ({"optimizer": {"options": {"betas": [0.9, 0.99]}}}, "optimizer sgd cannot be made with options .*betas"),
-    ({"loss": {"kind": "focal"}}, "unknown loss 'focal'"),
+    ({"loss": {"kind": "nonsense"}}, "unknown loss 'nonsense'"),
 ])
 def test_what_the_record_asks_for_is_never_ignored(spec: dict[str, Any], message: str) -> None:
     with pytest.raises((PluginError, RunError), match=message):
@@ -218,17 +218,17 @@ class TestOverlap:
         label = torch.tensor([[[0, 1], [2, 1]]])
         found = torch.tensor([[[0, 1], [1, 1]]])
         logits = torch.nn.functional.one_hot(found, 3).movedim(-1, 1).float()
-        assert _overlap(logits, label, Targets.of(TWO)).tolist() == [[2, 0], [3, 0], [2, 1]]
+        assert count_overlap(logits, label, Targets.of(TWO)).tolist() == [[2, 0], [3, 0], [2, 1]]
 
     def test_ignored_voxels_do_not_count(self) -> None:
         label = torch.tensor([[[0, 1], [2, 3]]])
         logits = torch.nn.functional.one_hot(torch.tensor([[[0, 1], [1, 1]]]), 3).movedim(-1, 1).float()
-        assert _overlap(logits, label, Targets.of(IGNORING)).tolist() == [[1, 0], [2, 0], [1, 1]]
+        assert count_overlap(logits, label, Targets.of(IGNORING)).tolist() == [[1, 0], [2, 0], [1, 1]]
 
     def test_regions_overlap(self) -> None:
         label = torch.tensor([[[0, 1], [2, 2]]])
         logits = torch.tensor([[[[1.0, 1], [1, -1]], [[-1, -1], [1, -1]]]])
-        assert _overlap(logits, label, Targets.of(REGIONS)).tolist() == [[2, 1], [3, 1], [3, 2]]
+        assert count_overlap(logits, label, Targets.of(REGIONS)).tolist() == [[2, 1], [3, 1], [3, 2]]
 
 
 def out_of_memory_above(training: Training, samples: int) -> None:
@@ -305,3 +305,240 @@ def test_finished_weights_start_a_longer_run_where_they_ended():
     rows = epochs(longer)
     assert [r.epoch for r in rows] == [1]
     assert rows[0].learning_rate == epochs(Training(job(epochs=2)))[1].learning_rate
+
+
+class TestMovingAverage:
+    def test_it_is_the_average_by_hand_and_the_result(self) -> None:
+        training = Training(job(ema=0.99, steps_per_epoch=4, epochs=1))
+        name = next(iter(training.weights()))
+        expected, seen = training.weights()[name].clone(), []
+        for _ in training.run(lambda: seen.append(training.network.state_dict()[name].clone())):
+            pass
+        for updates, value in enumerate(seen):
+            decay = (1 + updates) / (10 + updates)
+            expected = decay * expected + (1 - decay) * value
+        torch.testing.assert_close(training.weights()[name], expected)
+        assert training.weights()[name].dtype == torch.float32 and not torch.equal(expected, seen[-1])
+
+    def test_its_decay_grows_to_what_was_asked_for(self) -> None:
+        training = Training(job(ema=0.2, steps_per_epoch=1, epochs=2))
+        assert training.average is not None
+        training.average.updates = 1000
+        name = next(iter(training.weights()))
+        before = training.weights()[name].clone()
+        next(training.run())
+        torch.testing.assert_close(training.weights()[name], 0.2 * before + 0.8 * training.network.state_dict()[name])
+
+    def test_training_is_the_same_with_it_but_validation_judges_the_average(self) -> None:
+        plain, averaged = (epochs(Training(job(ema=ema))) for ema in (0.0, 0.5))
+        assert [r.train_loss for r in plain] == [r.train_loss for r in averaged]
+        assert [r.val_loss for r in plain] != [r.val_loss for r in averaged]
+
+    def test_a_restored_run_ends_with_the_same_bits(self) -> None:
+        whole = Training(job(ema=0.9))
+        expected = epochs(whole)
+        first, second = Training(job(ema=0.9)), Training(job(ema=0.9))
+        states = []
+        next(first.run(lambda: states.append(copy.deepcopy(first.state()))))
+        second.restore(states[1])
+        assert [r.train_loss for r in epochs(second)] == [r.train_loss for r in expected]
+        for name, value in whole.state().tensors.items():
+            assert torch.equal(second.state().tensors[name], value), name
+
+    def test_a_longer_run_begins_with_the_finished_weights(self) -> None:
+        first, longer = Training(job(ema=0.9, epochs=1)), Training(job(ema=0.9, epochs=2))
+        epochs(first)
+        longer.start_from(first.weights(), 1)
+        assert all(torch.equal(value, first.weights()[name]) for name, value in longer.weights().items())
+        assert [r.epoch for r in epochs(longer)] == [1]
+
+
+def spoiled(number: int) -> Squares:
+    case = Squares(number)
+    case.image[:] = np.nan
+    return case
+
+
+def spoil_losses(training: Training, steps: set[int], what: float = math.nan) -> None:
+    """Let the loss of these steps not be finite."""
+    loss = training.loss
+    training.loss = lambda outputs, batch, progress: loss(outputs, batch, progress) * (  # type: ignore[method-assign]
+        what if training.step in steps and torch.is_grad_enabled() else 1.0)
+
+
+class TestStepsThatAreNotFinite:
+    def test_one_is_skipped_named_and_counted_and_the_rest_goes_on(self) -> None:
+        training = Training(job(steps_per_epoch=4))
+        before: list[dict[str, torch.Tensor]] = []
+        spoil_losses(training, {1})
+        records = list(training.run(lambda: before.append({k: v.clone() for k, v in training.state().tensors.items()})))
+        assert [r.skipped for r in records] == [1, 0] and all(math.isfinite(r.train_loss) for r in records)
+        assert all(torch.equal(before[0][name], value) for name, value in before[1].items())
+        name = "network." + next(iter(training.weights()))
+        assert not torch.equal(before[2][name], before[1][name])
+        assert len(training.notices) == 1
+        expected = r"the loss became nan at step 1 on cases squares\d(, squares\d){3}; this step is skipped"
+        assert re.match(expected, training.notices[0])
+
+    def test_a_gradient_that_is_not_finite_is_skipped_too(self) -> None:
+        training = Training(job())
+        parameter = next(training.network.parameters())
+        parameter.register_hook(lambda grad: grad * (math.inf if training.step == 2 else 1))
+        records = epochs(training)
+        assert [r.skipped for r in records] == [1, 0]
+        assert "a gradient became NaN or infinite at step 2 on cases squares" in training.notices[0]
+        assert all(value.isfinite().all() for value in training.weights().values())
+
+    def test_an_image_that_is_not_finite_is_skipped_and_its_case_named_once_with_the_remedy(self) -> None:
+        cases = [*(Squares(i) for i in range(59)), spoiled(59)]
+        training = Training(job(cases=cases, steps_per_epoch=40, batch_size=1, epochs=2))
+        records = epochs(training)
+        assert sum(r.skipped for r in records) in range(1, 6) and training.setbacks.returns == 0
+        assert all(value.isfinite().all() for value in training.weights().values())
+        assert len(training.notices) == 1
+        expected = "case squares59: its preprocessed image holds NaN .* remove .*, and give the same command"
+        assert re.search(expected, training.notices[0])
+
+    def test_many_images_that_are_not_finite_stop_the_run_with_their_names_and_finite_weights(self) -> None:
+        training = Training(job(cases=[spoiled(0), Squares(1)], epochs=20))
+        with pytest.raises(RunError, match=r"images hold NaN or infinite values: squares0 .*give the same command again"):
+            epochs(training)
+        assert all(value.isfinite().all() for value in training.weights().values())
+        assert training.step < 20 * 3
+
+    def test_three_in_a_row_go_back_to_the_last_good_epoch_with_half_the_learning_rate(self) -> None:
+        training = Training(job(steps_per_epoch=4, epochs=3))
+        spoil_losses(training, {5, 6, 7}, math.inf)
+        good: dict[int, dict[str, torch.Tensor]] = {}
+        weights = lambda: {name: value.clone() for name, value in training.weights().items()}  # noqa: E731
+        records = list(training.run(lambda: good.setdefault(training.step, weights())))
+        assert [r.skipped for r in records] == [0, 3, 0]
+        assert all(torch.equal(good[8][name], value) for name, value in good[4].items())
+        assert not all(torch.equal(good[7][name], value) for name, value in good[4].items())
+        usual = epochs(Training(job(steps_per_epoch=4, epochs=3)))
+        assert records[2].learning_rate == usual[2].learning_rate / 2 and records[0].learning_rate == usual[0].learning_rate
+        assert "going back to the weights of the last good epoch" in training.notices[-1]
+
+    def test_when_that_does_not_help_it_stops_with_a_diagnosis(self) -> None:
+        training = Training(job(steps_per_epoch=4, epochs=9))
+        spoil_losses(training, {4, 5, 6, 20, 21, 22})
+        told = r"the loss became nan at step 22 on cases .* even after going back.* \(\d\).*optimizer.lr"
+        with pytest.raises(Diverged, match=told):
+            epochs(training)
+
+    def test_a_run_restored_in_between_decides_the_same(self) -> None:
+        spec = {"steps_per_epoch": 4, "epochs": 3, "ema": 0.5}
+        bad = {2, 5, 6, 7}
+        whole = Training(job(**spec))
+        spoil_losses(whole, bad)
+        expected = epochs(whole)
+        for stop in (3, 6, 7, 8):
+            first, second = Training(job(**spec)), Training(job(**spec))
+            spoil_losses(first, bad)
+            spoil_losses(second, bad)
+            states = []
+            for _ in first.run(lambda first=first, states=states: states.append(copy.deepcopy(first.state()))):  # type: ignore[misc]
+                pass
+            second.restore(states[stop - 1])
+            begin = second.epoch
+            assert [r.train_loss for r in epochs(second)] == [r.train_loss for r in expected[begin:]]
+            for name, value in whole.state().tensors.items():
+                assert torch.equal(second.state().tensors[name], value), (stop, name)
+
+    def test_weights_that_a_step_itself_blew_up_are_left_behind(self) -> None:
+        training = Training(job(steps_per_epoch=4, epochs=3, gradient_clip=1e9, optimizer={"kind": "adamw", "lr": 1e30}))
+        with pytest.raises(Diverged, match="the loss became"):
+            epochs(training)
+        assert training.setbacks.returns == 1
+
+
+class TestCompilation:
+    """On a CPU nothing is compiled unless a test says so."""
+
+    @pytest.fixture
+    def forced(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("autoseg.trainers.default.worth_compiling", lambda device, wanted, steps: True)
+
+    def test_it_is_for_cuda_and_runs_that_are_long_enough(self) -> None:
+        cuda, cpu = torch.device("cuda"), torch.device("cpu")
+        assert worth_compiling(cuda, "auto", 1000)
+        assert not worth_compiling(cuda, "auto", 999)
+        assert not worth_compiling(cuda, "never", 5000)
+        assert not worth_compiling(cpu, "auto", 5000)
+
+    def test_a_compiled_network_trains_the_same_weights_under_the_same_names(
+        self, forced: None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        calls: list[int] = []
+
+        def wrap(network: torch.nn.Module, **options: Any) -> Any:
+            class Wrapped(torch.nn.Module):
+                def __init__(self) -> None:
+                    super().__init__()
+                    self._orig_mod = network
+
+                def forward(self, *given: Any) -> Any:
+                    calls.append(1)
+                    return self._orig_mod(*given)
+
+            return Wrapped()
+
+        monkeypatch.setattr(torch, "compile", wrap)
+        training = Training(job())
+        epochs(training)
+        monkeypatch.undo()
+        plain = Training(job())
+        epochs(plain)
+        assert len(calls) == 6 and training.forward.compiled and not training.notices
+        assert list(training.state().tensors) == list(plain.state().tensors)
+        assert all(torch.equal(value, plain.weights()[name]) for name, value in training.weights().items())
+
+    @pytest.mark.parametrize("moment", ["at once", "forward", "backward", "later"])
+    def test_whatever_fails_the_run_goes_on_as_if_it_had_not_been_tried(
+        self, moment: str, forced: None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class Fails(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+                return x.clone()
+
+            @staticmethod
+            def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+                raise ImportError("no compiler here\nsecond line")
+
+        count = [0]
+
+        def wrap(network: torch.nn.Module, **options: Any) -> Any:
+            def call(image: torch.Tensor, heads: int) -> list[torch.Tensor]:
+                count[0] += 1
+                if moment == "forward" or (moment == "later" and count[0] == 4):
+                    raise ImportError("no compiler here")
+                outputs = network(image, heads)
+                return [Fails.apply(output) for output in outputs] if moment == "backward" else outputs  # type: ignore[no-untyped-call]
+
+            if moment == "at once":
+                raise ImportError("no compiler here")
+            return call
+
+        monkeypatch.setattr(torch, "compile", wrap)
+        training = Training(job())
+        epochs(training)
+        monkeypatch.undo()
+        plain = Training(job())
+        epochs(plain)
+        assert not training.forward.compiled and training.forward.failure == "no compiler here"
+        assert training.notices == (
+            [] if moment == "at once" else ["training goes on without compilation, which failed: no compiler here"])
+        assert all(torch.equal(value, plain.weights()[name]) for name, value in training.weights().items())
+
+    def test_errors_of_an_uncompiled_network_are_not_swallowed(self) -> None:
+        training = Training(job())
+        training.network.forward = lambda *given: 1 / 0  # type: ignore[method-assign, assignment]
+        with pytest.raises(ZeroDivisionError):
+            epochs(training)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_number_of_threads_changes_no_loss(threads: int) -> None:
+    rows = [epochs(Training(job(threads=count))) for count in (0, threads)]
+    assert [(r.train_loss, r.val_loss) for r in rows[0]] == [(r.train_loss, r.val_loss) for r in rows[1]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -14,8 +16,8 @@ from autoseg.arrays.quality import (
     DICE_RANGE,
     FEATURES,
     MIN_CASES,
+    Beliefs,
     CaseFeatures,
-    beliefs,
     columns_of,
     estimate_quality,
     fit_quality,
@@ -24,16 +26,17 @@ from autoseg.arrays.quality import (
     target_features,
     weighted,
 )
-from autoseg.arrays.restore import restore_probabilities
+from autoseg.arrays.restore import WholeLogits, restore_ensemble, restore_probabilities
 from autoseg.arrays.uncertainty import (
     PassStatistics,
     entropy_bits,
-    entropy_map,
     entropy_of,
+    onto_grid,
     restore_maps,
-    uncertainty_maps,
 )
 from autoseg.arrays.unusual import combined, describe_image, describe_mask, gather, is_outside, orientation, unusual
+from autoseg.inference import Wishes
+from autoseg.inference.settle import Rules, settle
 from autoseg.types.case import Image, Placement
 from autoseg.types.geometry import Grid
 from autoseg.types.labels import Label, Labels
@@ -147,14 +150,34 @@ def test_a_plane_of_values_stays_one_under_interpolation_flips_and_transposes():
     assert not found[0, :2].any() and np.count_nonzero(found[0]) == np.prod(placement.cropped_shape)
 
 
+class Asked(WholeLogits):
+    """Logits that may be asked for once, in rising order."""
+
+    def __init__(self, logits):
+        super().__init__(logits)
+        self.reached = 0
+
+    def planes(self, low, high):
+        assert low >= self.reached, "no plane is asked for twice"
+        self.reached = high
+        return super().planes(low, high)
+
+
+def judged(members, temperatures, regions=None, **wishes):
+    """What settling members' logits gives that were made with uncertainty: `logits, maps, placement` of each."""
+    sources = [Asked(torch.cat([logits, maps])) for logits, maps, _ in members]
+    rules = Rules(len(members[0][0]), regions, (1.0,) * len(members), tuple(temperatures))
+    return settle(sources, [placement for _, _, placement in members], rules, Wishes(uncertainty=True, **wishes))
+
+
 def test_one_members_maps_are_its_entropy_and_disagreement():
     placement = placed()
     logits = torch.randn(3, *placement.shape, generator=torch.Generator().manual_seed(3))
     maps = torch.rand(3, *placement.shape)
-    found = uncertainty_maps([(logits, maps, placement)], [2.0], [1.0])
+    found = judged([(logits, maps, placement)], [2.0])
     expected = torch.stack([entropy_bits(logits / 2, False, 0), maps[2]])
-    assert torch.allclose(entropy_map(logits, 2.0, False), expected[0])
-    np.testing.assert_allclose(found, restore_maps(expected, placement), atol=1e-6)
+    np.testing.assert_allclose(found.uncertainty_kzyx, restore_maps(expected, placement), atol=1e-6)
+    np.testing.assert_array_equal(found.inside_zyx, restore_ensemble([(logits, placement)])[0])
 
 
 @pytest.mark.parametrize("regions", [None, (1, 2)])
@@ -166,29 +189,50 @@ def test_members_that_disagree_are_less_certain_than_each_alone(regions):
         sure[1] = -20
     other, quiet = sure.flip(0), torch.zeros(3, *placement.shape)
     for second, expected in ((sure, 0.0), (other, 2.0 if regions else 1.0)):
-        entropy, disagreement = uncertainty_maps(
-            [(sure, quiet, placement), (second, quiet, placement)], [1.0, 1.0], [1.0, 1.0], regions
-        )
+        entropy, disagreement = judged(
+            [(sure, quiet, placement), (second, quiet, placement)], [1.0, 1.0], regions).uncertainty_kzyx
         inside = restore_maps(torch.ones(1, *placement.shape), placement)[0] > 0.999
         assert inside.any() and entropy[inside] == pytest.approx(expected, abs=1e-4)
         assert disagreement[inside] == pytest.approx(expected, abs=1e-4)
         assert not entropy[~inside].any()
 
 
+@pytest.mark.parametrize("regions", [None, (1, 2, 3)])
+@pytest.mark.parametrize("temperatures", [(1.0, 1.0), (2.0, 0.5)])
+def test_members_on_different_grids_are_judged_while_their_planes_go_by(regions, temperatures):
+    first = placed()
+    z, y, x = first.shape
+    second = dataclasses.replace(first, shape=(z + 3, y - 1, x + 2))
+    generator = torch.Generator().manual_seed(5)
+    members = [(torch.randn(3, *p.shape, generator=generator), torch.rand(3, *p.shape, generator=generator), p)
+               for p in (first, second)]
+    found = judged(members, temperatures, regions, probabilities=True)
+    pairs = [(logits, placement) for logits, _, placement in members]
+    label, probable = restore_ensemble(pairs, regions, True, temperatures=temperatures)
+    np.testing.assert_array_equal(found.inside_zyx, label)
+    np.testing.assert_array_equal(found.told_czyx, probable)
+    onto = [(logits, onto_grid(first, placement)) for logits, placement in pairs]
+    mean = restore_ensemble(onto, regions, True, temperatures=temperatures)[1]
+    entropy = entropy_of(torch.from_numpy(mean), regions is not None)
+    np.testing.assert_allclose(found.uncertainty_kzyx[0], restore_maps(entropy[None], first)[0], atol=1e-5)
+    assert [one.maps.shape[1:] for one in found.gauges] == [first.shape, second.shape]
+    assert all(torch.equal(one.maps, maps) for one, (_, maps, _) in zip(found.gauges, members, strict=True))
+
+
 # The quality estimate
 
 
-def test_beliefs_are_the_decision_and_sums_of_probabilities():
+@pytest.mark.parametrize("regions", [False, True])
+def test_beliefs_are_the_decision_and_sums_of_probabilities(regions):
     logits = torch.randn(3, 4, 5, 6, generator=torch.Generator().manual_seed(4)) * 2
-    decision, everywhere, own = beliefs(logits, False)
-    probable = logits.softmax(0).numpy()
-    assert np.array_equal(decision, probable.argmax(0))
-    np.testing.assert_allclose(everywhere, probable.sum((1, 2, 3)), rtol=1e-5)
-    np.testing.assert_allclose(own, [probable[c][decision == c].sum() for c in range(3)], rtol=1e-5)
-    decision, everywhere, own = beliefs(logits, True)
-    probable = logits.sigmoid().numpy()
-    assert np.array_equal(decision > 0, probable > 0.5)
-    np.testing.assert_allclose(own, (probable * decision).sum((1, 2, 3)), rtol=1e-5)
+    found = Beliefs(3, (4, 5, 6), regions)
+    for z in range(4):
+        found.look(z, logits[:, z])
+    probable = (logits.sigmoid() if regions else logits.softmax(0)).numpy()
+    inside = probable > 0.5 if regions else probable.argmax(0) == np.arange(3).reshape(3, 1, 1, 1)
+    assert np.array_equal(found.decision, inside if regions else probable.argmax(0))
+    np.testing.assert_allclose(found.everywhere, probable.sum((1, 2, 3)), rtol=1e-5)
+    np.testing.assert_allclose(found.own, (probable * inside).sum((1, 2, 3)), rtol=1e-5)
 
 
 def cube(side: int = 6) -> np.ndarray:

@@ -74,3 +74,18 @@ def test_targets_are_labels_or_regions_by_inside_index() -> None:
 def test_labels_that_contradict_themselves_are_refused(make: Any, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         make()
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int8, np.uint16, np.int16, np.int32, np.int64, np.uint64])
+def test_values_of_every_integer_type_are_encoded(kind: type) -> None:
+    given = labels(3, 100)
+    assert given.encode(np.array([[0, 100, 3], [3, 0, 100]], kind)).tolist() == [[0, 2, 1], [1, 0, 2]]
+    with pytest.raises(ValueError, match=r"\[4\] are not declared"):
+        given.encode(np.array([0, 4], kind))
+
+
+def test_values_far_apart_and_negative_ones_are_encoded() -> None:
+    given = labels(-5, 7_000_000)
+    index = given.encode(np.array([[0, -5], [7_000_000, 0]]))
+    assert sorted(index.ravel().tolist()) == [0, 0, 1, 2] and index.dtype == np.int16
+    np.testing.assert_array_equal(given.decode(index), [[0, -5], [7_000_000, 0]])
