@@ -62,6 +62,11 @@ class RunFolder:
         return self.path / "weights_so_far.safetensors"
 
     @property
+    def network_path(self) -> Path:
+        """The weights to segment with: those of finished training, else those at which it was stopped."""
+        return self.weights_path if self.weights_path.exists() else self.weights_so_far_path
+
+    @property
     def stop_files(self) -> tuple[Path, Path]:
         """Files by which a person stops this fold, or whatever trains in this work folder, after the step at work."""
         return self.path / "stop", self.path.parents[2] / "stop"

@@ -214,8 +214,10 @@ class _Log:
         path = self.folder.weights_so_far_path
         with suppress(DiskFull):
             self.folder.save_other_weights(path, self.training.weights(), self.training.epoch)
-            reporter.info(f"{name}: stopped after step {self.training.step} of {self.training.job.spec.total_steps}; the network "
-                          f"as it is now: {path}")
+            reporter.info(
+                f"{name}: stopped after step {self.training.step} of {self.training.job.spec.total_steps}; the network as it is "
+                f"now can be used: autoseg predict WORK INPUT --folds {self.training.job.fold} --out DIR"
+            )
 
     def finish(self) -> None:
         """Save the final weights, which ends the run."""

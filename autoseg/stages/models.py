@@ -35,7 +35,7 @@ def load(path: Path, options: Options) -> Model:
     if not path.is_dir():
         return open_model(path, options)
     workspace = Workspace(path).require()
-    selection = chosen(workspace)
+    selection = chosen(workspace, stopped=options.folds is not None)
     temperatures: dict[str, float] = {}
     if trust_path(workspace).exists():
         hashes = {name: found for run in selection.runs for name, found in network_hashes(workspace, run, options.folds).items()}

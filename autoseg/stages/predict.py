@@ -80,7 +80,7 @@ def _load_member(workspace: Workspace, run: str, wanted: Sequence[int] | None) -
     from autoseg.inference import Member
     from autoseg.networks.describe import describe
 
-    finished = finished_folds(workspace, run)
+    finished = finished_folds(workspace, run, stopped=wanted is not None)
     folds = finished if wanted is None else list(wanted)
     missing = sorted(set(folds) - set(finished))
     if missing or not folds:
@@ -101,7 +101,7 @@ def _load_member(workspace: Workspace, run: str, wanted: Sequence[int] | None) -
                 f"the folds of run {run!r} were trained with different plans, so they cannot be combined; "
                 f"choose some with --folds, or train fold {record.fold} again with --restart"
             )
-        weights_path = RunFolder(workspace.fold(run, record.fold)).weights_path
+        weights_path = RunFolder(workspace.fold(run, record.fold)).network_path
         description = describe(configuration, channels, plan.labels.output_count)
         try:
             networks.append(trained_network(description, load_tensors(weights_path)))
@@ -118,14 +118,17 @@ def previous_run(record: RunRecord) -> str | None:
     return None if stage is None else record.previous or stage
 
 
-def finished_folds(workspace: Workspace, run: str) -> list[int]:
-    """Folds of a run that have trained weights."""
+def finished_folds(workspace: Workspace, run: str, stopped: bool = False) -> list[int]:
+    """Folds of a run that have trained weights, or with `stopped` also those at which training was stopped."""
     found = [(re.fullmatch(r"fold_(\d+)", path.name), path) for path in (workspace.runs / run).glob("fold_*")]
-    return sorted(int(match[1]) for match, path in found if match and RunFolder(path).usable)
+    folders = [(int(match[1]), RunFolder(path)) for match, path in found if match]
+    return sorted(k for k, one in folders if one.usable or (stopped and one.network_path.exists() and one.record_path.exists()))
 
 
-def chosen(workspace: Workspace, reporter: Reporter = SILENT) -> Selection:
+def chosen(workspace: Workspace, reporter: Reporter = SILENT, stopped: bool = False) -> Selection:
     """The runs, weights and post-processing to use: selection.json, else the most trusted finished run alone.
+
+    With `stopped`, where nothing is finished, a run that was stopped will do.
 
     Raises:
         RunError: nothing is trained.
@@ -137,6 +140,10 @@ def chosen(workspace: Workspace, reporter: Reporter = SILENT) -> Selection:
                 reporter.warn(f"run {run} has fewer finished folds than when it was selected: autoseg select {workspace.root}")
         return selection
     finished = sorted({p.parent.parent.name for p in workspace.runs.glob("*/fold_*/weights.safetensors")})
+    if not finished and stopped:
+        finished = sorted({p.parent.parent.name for p in workspace.runs.glob("*/fold_*/weights_so_far.safetensors")})
+        if finished:
+            reporter.warn("no training is finished; networks as they were when training was stopped are used")
     if not finished:
         raise RunError(f"{workspace.root} holds no finished training; run: autoseg train {workspace.root}")
     run = min(finished, key=lambda name: (PREFERRED.index(name) if name in PREFERRED else len(PREFERRED), name))
@@ -171,7 +178,7 @@ def predict(
 
 def work_source(workspace: Workspace, options: Options, reporter: Reporter = SILENT) -> Source:
     """The selected model of a work folder as a source of masks. Raises RunError when nothing is trained."""
-    selection = chosen(workspace.require(), reporter)
+    selection = chosen(workspace.require(), reporter, stopped=options.folds is not None)
     made_with = (selection.runs, options, selection.postprocessing, selection.run_weights)
     identity = _identity(workspace, *made_with)
     judge = find_judge(workspace, selection, identity["weights"], options.mirror, reporter)
@@ -226,10 +233,10 @@ def network_hashes(workspace: Workspace, run: str, folds: Sequence[int] | None) 
     """The hash of every network that a run's masks come from, those of the previous stage included."""
     found: dict[str, str] = {}
     source = None
-    for fold in finished_folds(workspace, run):
+    for fold in finished_folds(workspace, run, stopped=folds is not None):
         if folds is None or fold in folds:
             folder = RunFolder(workspace.fold(run, fold))
-            with folder.weights_path.open("rb") as file:
+            with folder.network_path.open("rb") as file:
                 found[f"{run}/fold_{fold}"] = hashlib.file_digest(file, "sha256").hexdigest()
             source = previous_run(folder.record())
     return found if source is None else {**found, **network_hashes(workspace, source, folds)}

@@ -1,11 +1,11 @@
 """Do imported nnU-Net models give nnU-Net's masks? Small models are trained with the peer and predicted by both.
 
-    python tests/benchmarks/import_parity.py --peer VENV --scratch DIR [--only plain,flat,...] [--steps 200] [--again]
+    python tests/benchmarks/import_parity.py --peer VENV --scratch DIR [--only plain,flat,...] [--steps 200]
 
 `VENV` is a virtual environment with nnunetv2 2.8.1 and a trainer `nnUNetTrainerBench`, whose length BENCH_EPOCHS, BENCH_STEPS
-and BENCH_VAL set. What is there already in DIR (data, trained models, the peer's masks) is used; `--again` imports and compares
-only. Every row says for one model, with and without mirroring: voxels equal, the lowest Dice of classes of 10,000 voxels or more
-in a case, the largest number of voxels that differ in smaller ones. Ours runs at fp32.
+and BENCH_VAL set. What is there already in DIR (data, trained models, the peer's masks) is used. Every row says for one model,
+with and without mirroring: voxels equal, the lowest Dice of classes of 10,000 voxels or more in a case, the largest number of
+voxels that differ in smaller ones. Ours runs at fp32.
 """
 
 from __future__ import annotations

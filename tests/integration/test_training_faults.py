@@ -130,9 +130,16 @@ def test_a_stop_file_ends_the_run_cleanly_with_a_network_to_look_at(cli, work, u
     ran = train(cli, work)
     assert ran.code == 143 and "Go on with: autoseg train" in ran.err and "a file named stop" in ran.out
     so_far = fold(work) / "weights_so_far.safetensors"
-    assert "stopped after step 9 of 12" in ran.out and str(so_far) in ran.out
+    assert "stopped after step 9 of 12" in ran.out and "--folds 0" in ran.out
     assert not path.exists() and checkpoints(work)[-1] == "step_000000009"
     assert load_file(so_far).keys() == load_file(fold(work) / "weights_best.safetensors").keys()
+    if place == "work":
+        image = json.loads((work / "dataset.json").read_text())["cases"][0]["images"][0]
+        masks = work / "masks"
+        cli.call("predict", work, image, "--out", masks).refused("no finished training")
+        told = cli.call("predict", work, image, "--out", masks, "--folds", "0", "--no-mirror").ok()
+        assert "as they were when training was stopped" in told.err and len(list(masks.glob("*.nii.gz"))) == 1
+        shutil.rmtree(masks)
     ends_as_undisturbed(cli, work, undisturbed)
 
 
