@@ -120,7 +120,8 @@ def make_pipeline(
     Raises:
         PluginError: options that make no sense, or a transform that does not exist or cannot be built.
     """
-    if (transforms is None) == (pipeline is None) or (transforms is not None and rest) or source_scale < 1:
+    scales = isinstance(source_scale, int | float) and not isinstance(source_scale, bool) and source_scale >= 1
+    if (transforms is None) == (pipeline is None) or (transforms is not None and rest) or not scales:
         raise PluginError(
             "augmentation 'batchgenerators' takes the options transforms (a list of {name, options}) or pipeline "
             f"(\"module:function\", with options of its own), and source_scale from 1; found transforms={transforms}, "
@@ -128,7 +129,11 @@ def make_pipeline(
         )
     size = configuration.patch_size
     if pipeline is not None:
-        transform: Transform = resolve(pipeline, {}, "augment")(size, **rest)
+        make: Callable[..., Transform] = resolve(pipeline, {}, "augment")
+        try:
+            transform = make(size, **rest)
+        except (TypeError, ValueError) as error:
+            raise PluginError(f"augmentation pipeline {pipeline!r} cannot be built with options {rest}: {error}") from error
     else:
         transform = _compose([_build(entry, size, mirror) for entry in transforms or ()])
     flat = configuration.dims == 2

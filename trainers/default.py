@@ -9,11 +9,13 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from autoseg.contracts import Batch, Loss
+from autoseg.errors import AutosegError
 from autoseg.networks.build import Network, build
 from autoseg.networks.describe import describe
 from autoseg.networks.hardware import Resolved, autocast, is_out_of_memory
@@ -31,6 +33,8 @@ from autoseg.trainers.targets import count_overlap, with_labelled
 from autoseg.types.labels import Labels
 from autoseg.types.plan import Configuration
 from autoseg.types.run import EpochRecord, TrainSpec
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,8 @@ class Training:
         self.scaler = torch.amp.GradScaler(job.device.type, enabled=job.precision == "fp16")
         self.targets = Targets.of(job.labels)
         self.average = Average(self.network, spec.ema) if spec.ema else None
+        if job.device.type == "cuda" and spec.growth.kind == "none":
+            torch.backends.cudnn.benchmark = True  # one shape, many steps: trying algorithms should pay off; not measured yet
         self.forward = Forward(self.network, worth_compiling(job.device, spec.compile, spec.total_steps))
         self.epoch, self.step_in_epoch = 0, 0
         self.tally = Tally()
@@ -103,7 +109,7 @@ class Training:
             while self.epoch < self.job.spec.epochs:
                 while self.step_in_epoch < self.job.spec.steps_per_epoch:
                     begin = time.perf_counter()
-                    batch = next(batches)
+                    batch = self._together("read its part of a batch", lambda: next(batches))
                     self.tally.waited += time.perf_counter() - begin
                     try:
                         self.tally.losses.append(self.train_step(batch))
@@ -175,10 +181,15 @@ class Training:
 
     def _on_any_rank(self, cases: Sequence[str]) -> Sequence[str]:
         """The cases that any of several processes names, so that all decide the same."""
-        ranks, device = self.job.ranks, self.job.device
-        if ranks is None:
+        if self.job.ranks is None:
             return cases
-        return [one.name for one in self.job.training if ranks.any(int(one.name in cases), device)]
+        names = [one.name for one in self.job.training]
+        named = self.job.ranks.every([int(name in cases) for name in names])
+        return [name for name, there in zip(names, named, strict=True) if there]
+
+    def _together(self, what: str, do: Callable[[], T]) -> T:
+        """Do something that fails on all of several processes where it fails on one."""
+        return do() if self.job.ranks is None else self.job.ranks.together(what, do)
 
     def _gradients_that_fit(self, batch: Batch) -> torch.Tensor:
         """Gradients of the batch, in halves of halves until they fit into memory; compiled until that fails."""
@@ -186,9 +197,11 @@ class Training:
             self.optimizer.zero_grad(set_to_none=True)
             try:
                 return self._gradients(batch)
+            except AutosegError:  # of the loss, say: no fault of a compiler
+                raise
             except Exception as error:  # compilers fail in many ways
                 without = self.forward.give_up(error)
-                fits_in_parts = isinstance(error, RuntimeError) and is_out_of_memory(error) and self.micro_batch > 1
+                fits_in_parts = is_out_of_memory(error) and self.micro_batch > 1
                 if not without and not fits_in_parts:
                     raise
             if without:
@@ -204,31 +217,41 @@ class Training:
         With micro-batches the loss is still that of the whole batch, so that Dice over the batch and the means over annotated
         voxels stay what they are: all outputs first, without a graph; the gradient of the loss with respect to them; then each
         micro-batch once more, with a graph, from that gradient back. No layer mixes samples, so the sum is the whole gradient.
-        Several ranks do the same, each with the micro-batches of its own part.
+        Several ranks do the same, each with the micro-batches of its own part; what each does alone fails on all or on none.
         """
         ranks, parts = self.job.ranks, torch.split(batch.image, self._at_once(batch))
         if len(parts) == 1 and ranks is None:
-            loss = self._loss(self._outputs(batch.image), batch)
-            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-            return loss.detach()
-        with torch.set_grad_enabled(len(parts) == 1):
-            columns = list(zip(*(self._outputs(part) for part in parts), strict=True))
-        own = [column[0] if len(column) == 1 else torch.cat(column) for column in columns]
+            return self._backward(self._loss(self._outputs(batch.image), batch))
+        own = self._together("run its network forward", lambda: self._outputs_in_parts(parts))
         whole = batch if ranks is None else ranks.whole(batch, len(self.job.labels.targets))
         outputs = [(one.detach() if ranks is None else ranks.gather(one, len(whole.image))).requires_grad_() for one in own]
-        loss = self._loss(outputs, whole)
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        loss = self._together("compute its loss", lambda: self._backward(self._loss(outputs, whole)))
         mine = slice(None) if ranks is None else ranks.part(len(whole.image))
         used = [(one, output.grad[mine]) for one, output in zip(own, outputs, strict=True) if output.grad is not None]
-        if len(parts) == 1:
-            torch.autograd.backward([one for one, _ in used], [slope for _, slope in used])
-        else:
-            slopes = zip(*(torch.split(slope, self._at_once(batch)) for _, slope in used), strict=True)
-            for part, slope in zip(parts, slopes, strict=True):
-                torch.autograd.backward(self._outputs(part)[: len(slope)], slope)
+        self._together("run its network backward", lambda: self._carry_back(parts, used))
         if ranks is not None:
             ranks.add_gradients(self.network.parameters())
+        return loss
+
+    def _backward(self, loss: torch.Tensor) -> torch.Tensor:
+        """Gradients of a loss, as far back as its graph reaches; returns the loss without it."""
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
+
+    def _outputs_in_parts(self, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Outputs for all micro-batches, with a graph where there is but one."""
+        with torch.set_grad_enabled(len(parts) == 1):
+            columns = list(zip(*(self._outputs(part) for part in parts), strict=True))
+        return [column[0] if len(column) == 1 else torch.cat(column) for column in columns]
+
+    def _carry_back(self, parts: Sequence[torch.Tensor], used: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """From pairs of an output and the gradient of the loss with respect to it back to the parameters."""
+        if len(parts) == 1:
+            torch.autograd.backward([one for one, _ in used], [slope for _, slope in used])
+            return
+        slopes = zip(*(torch.split(slope, len(parts[0])) for _, slope in used), strict=True)
+        for part, slope in zip(parts, slopes, strict=True):
+            torch.autograd.backward(self._outputs(part)[: len(slope)], slope)
 
     def _at_once(self, batch: Batch) -> int:
         """Samples of a batch that go through the network together: as many voxels as in a micro-batch of planned patches."""
@@ -236,6 +259,8 @@ class Training:
 
     def _outputs(self, image: torch.Tensor, network: Network | None = None) -> list[torch.Tensor]:
         with autocast(self.job.device, self.job.precision):
+            if network is None and image.shape[2:] != self.job.configuration.patch_size:
+                network = self.network  # every size would be compiled for itself, and smaller patches soon grow
             outputs: list[torch.Tensor] = (network or self.forward)(image, self.heads)
         return outputs
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from autoseg.networks.hardware import is_out_of_memory
 
+COMPILED_SHAPES = 64  # that all networks of a process may have together; torch's own limit is 8, too few for a few folds
 WORTH_STEPS = 1000  # compiling takes a minute or more; a shorter run does not win that back
 
 Outputs = list[torch.Tensor]
@@ -31,6 +33,7 @@ class Forward:
         if compiled:
             compile_: Any = torch.compile
             try:
+                _allow_shapes()
                 self._call, self.compiled = compile_(network, dynamic=False), True
             except Exception as error:  # compilers fail in many ways
                 self.give_up(error)
@@ -41,13 +44,21 @@ class Forward:
 
     def give_up(self, error: Exception) -> bool:
         """Go on without compilation, if there was any and `error` may be its fault."""
-        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+        if is_out_of_memory(error):
             return False
         was, self.compiled, self._call = self.compiled, False, self._network
         if was or not self.failure:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             self.failure = lines[0][:160]
         return was
+
+
+def _allow_shapes() -> None:
+    """Let the process compile more shapes than torch does by itself, whatever the limit is called in this release."""
+    settings = importlib.import_module("torch._dynamo").config
+    for name in ("recompile_limit", "cache_size_limit"):
+        if hasattr(settings, name):
+            setattr(settings, name, max(getattr(settings, name), COMPILED_SHAPES))
 
 
 def worth_compiling(device: torch.device, wanted: str, steps: int) -> bool:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from autoseg.contracts import Augmentation, Batch
 from autoseg.errors import RunError
+from autoseg.networks.hardware import is_out_of_memory
 from autoseg.trainers.augment import DefaultAugmentation, NoAugmentation, make_augmentation
 from autoseg.trainers.growth import make_sizes
 from autoseg.trainers.sampling import PatchSource, Recipe, Recipes, in_three, make_sampler
@@ -23,6 +24,7 @@ from autoseg.types.run import TrainSpec
 AHEAD_ON_DEVICE = 1  # batches beside the one that trains: they take its memory
 
 Part = Callable[[int], slice]
+Sent = tuple["Batch | list[Crop]", "torch.cuda.Event | None"]
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class Loader:
                 yield self._finish(self._read(stream, number, part))
             return
         reading: deque[Future[list[Crop] | Batch]] = deque()
-        sending: deque[Future[tuple[Batch, torch.cuda.Event]]] = deque()
+        sending: deque[Future[Sent]] = deque()
         following = first
         try:
             while reading or sending or following < stop:
@@ -139,16 +141,26 @@ class Loader:
         batch = made if isinstance(made, Batch) else self._augmented(made)
         return replace(batch, image=self._sent(batch.image), label=self._sent(batch.label))
 
-    def _send(self, reading: Future[list[Crop] | Batch]) -> tuple[Batch, torch.cuda.Event]:
-        with torch.cuda.stream(self._stream):
-            batch = self._finish(reading.result())
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
-            return batch, event
+    def _send(self, reading: Future[list[Crop] | Batch]) -> Sent:
+        """The batch on its device and when it is there; where memory does not suffice what was read, and None."""
+        made = reading.result()
+        try:
+            with torch.cuda.stream(self._stream):
+                batch = self._finish(made)
+                event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                event.record()
+                return batch, event
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        return made, None
 
-    def _received(self, sent: tuple[Batch, torch.cuda.Event]) -> Batch:
+    def _received(self, sent: Sent) -> Batch:
         """A batch that the stream which trains may use."""
         batch, event = sent
+        if event is None or not isinstance(batch, Batch):  # between two steps there is more room than beside one
+            torch.cuda.empty_cache()
+            return self._finish(batch)
         training = torch.cuda.current_stream(self.device)
         training.wait_event(event)
         for tensor in (batch.image, batch.label):

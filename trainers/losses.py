@@ -272,11 +272,15 @@ def make_loss(spec: LossSpec, labels: Labels, batch_dice: bool) -> Loss:
     """Build the loss of a run: a built-in term, or a plug-in called as kind(labels=..., batch_dice=..., **options).
 
     Raises:
-        PluginError: unknown kind, or options that a built-in one does not have.
+        PluginError: unknown kind, or options that it does not take.
     """
     if spec.kind not in TERMS:
         builtin: dict[str, Callable[..., Loss]] = dict.fromkeys(TERMS, make_loss)  # only their names are needed
-        return resolve(spec.kind, builtin, "loss")(labels=labels, batch_dice=batch_dice, **spec.options)
+        make = resolve(spec.kind, builtin, "loss")
+        try:
+            return make(labels=labels, batch_dice=batch_dice, **spec.options)
+        except (TypeError, ValueError) as error:
+            raise PluginError(f"loss {spec.kind!r} cannot be made with options {spec.options}: {error}") from error
     kind = TERMS[spec.kind]
     try:
         term = kind.model_validate(spec.options)

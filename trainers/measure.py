@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from autoseg.errors import RunError
+from autoseg.files.machine import memory_kept
 from autoseg.networks.hardware import is_out_of_memory, peak_memory_bytes, reset_peak
 from autoseg.trainers.default import Job, Training
 from autoseg.trainers.sampling import TRAINING
@@ -36,16 +37,17 @@ def measure_step(job: Job, seconds: float = 0.0, steps: int = 3) -> Measured:
     begin = start = time.perf_counter()
     batches = loader.batches(TRAINING, job.spec.total_steps, sys.maxsize)  # patches may have grown by then
     try:
-        for batch in batches:
-            with contextlib.suppress(NotFinite):  # training will say so, with the cases; it takes as long
-                training.train_step(batch)
-            if job.device.type == "cuda":
-                torch.cuda.synchronize(job.device)
-            now = time.perf_counter()
-            times.append(now - begin)
-            begin = now
-            if len(times) > steps and now - start >= seconds:
-                break
+        with memory_kept():
+            for batch in batches:
+                with contextlib.suppress(NotFinite):  # training will say so, with the cases; it takes as long
+                    training.train_step(batch)
+                if job.device.type == "cuda":
+                    torch.cuda.synchronize(job.device)
+                now = time.perf_counter()
+                times.append(now - begin)
+                begin = now
+                if len(times) > steps and now - start >= seconds:
+                    break
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise

@@ -8,14 +8,19 @@ one device, up to the order of additions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 from torch import distributed
 
 from autoseg.contracts import Batch
+from autoseg.errors import AutosegError, RunError
+from autoseg.networks.hardware import is_out_of_memory
+
+T = TypeVar("T")
 
 BUCKET_BYTES = 32 << 20  # gradients are added up in pieces of this size
 TIMEOUT = timedelta(days=2)  # the others wait while the first prepares data or validates
@@ -23,10 +28,14 @@ TIMEOUT = timedelta(days=2)  # the others wait while the first prepares data or 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all that train one run; the first one writes the files."""
+    """This process among all that train one run; the first one writes the files.
+
+    `words` is the group in which numbers on the CPU are told, so that no word waits for a device.
+    """
 
     rank: int
     world: int
+    words: distributed.ProcessGroup | None = field(default=None, compare=False, repr=False)
 
     @property
     def first(self) -> bool:
@@ -79,11 +88,45 @@ class Ranks:
         if bucket:
             _add(bucket)
 
-    def any(self, number: int, device: torch.device) -> int:
+    def any(self, number: int) -> int:
         """The largest number that any rank says, so that all do the same: which signal came, for example."""
-        value = torch.tensor([number], dtype=torch.int64, device=device)
-        distributed.all_reduce(value, distributed.ReduceOp.MAX)
-        return int(value)
+        return self.every([number])[0]
+
+    def every(self, numbers: Sequence[int]) -> list[int]:
+        """`any` of each of several numbers."""
+        values = torch.tensor(numbers, dtype=torch.int64)
+        distributed.all_reduce(values, distributed.ReduceOp.MAX, group=self.words)
+        return [int(value) for value in values]
+
+    def together(self, what: str, do: Callable[[], T]) -> T:
+        """Do something that needs no other rank; where it fails on one, it fails on all, so that none waits for another.
+
+        The rank whose error is the worst raises it; `what` says what the others could not do. A user's error (AutosegError)
+        counts more than other errors, and these more than a lack of memory.
+
+        Raises:
+            RunError, RuntimeError, OutOfMemoryError: another rank failed, with an error of this kind.
+        """
+        try:
+            made = do()
+        except Exception as error:
+            kind = _kind(error)
+            worst = self.any(kind)
+            if worst == kind:
+                raise
+            raise _elsewhere(worst, what) from None
+        worst = self.any(0)
+        if worst:
+            raise _elsewhere(worst, what)
+        return made
+
+    def copy_first(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Give every rank the first one's values."""
+        for tensor in tensors:
+            values = tensor.detach().contiguous()
+            distributed.broadcast(values, 0)
+            with torch.no_grad():
+                tensor.copy_(values)
 
     def __enter__(self) -> Ranks:
         """Train together until the end of the context."""
@@ -95,6 +138,19 @@ class Ranks:
     def wait(self) -> None:
         """Go on when every rank is here."""
         distributed.barrier()
+
+
+def _kind(error: Exception) -> int:
+    """How bad an error is: 3 the user can mend it, 2 any other, 1 memory."""
+    return 3 if isinstance(error, AutosegError) else 1 if is_out_of_memory(error) else 2
+
+
+def _elsewhere(kind: int, what: str) -> Exception:
+    """What is raised where another rank had an error of this kind."""
+    message = f"another process could not {what}; its message says why"
+    if kind == 1:
+        return torch.OutOfMemoryError(f"{message} (out of memory)")
+    return RunError(message) if kind == 3 else RuntimeError(message)
 
 
 def _add(tensors: list[torch.Tensor]) -> None:
@@ -109,4 +165,5 @@ def join(rank: int, world: int, device: torch.device) -> Ranks:
     """Join the other processes; where they meet is in the environment (MASTER_ADDR, MASTER_PORT), as torchrun sets it."""
     backend = "nccl" if device.type == "cuda" else "gloo"
     distributed.init_process_group(backend, rank=rank, world_size=world, timeout=TIMEOUT)
-    return Ranks(rank, world)
+    words = distributed.new_group(backend="gloo", timeout=TIMEOUT) if backend != "gloo" else None
+    return Ranks(rank, world, words if isinstance(words, distributed.ProcessGroup) else None)

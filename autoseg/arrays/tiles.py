@@ -13,9 +13,12 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from autoseg.errors import RunError
+
 STEP = 0.5  # of the patch (nnU-Net's default)
 SIGMA = 1 / 8  # of the patch
 _GATHERED = 16  # planes asked for at a time when whole logits are wanted
+_LEAN_LEAST = 2.0**-17  # times a logit, in float16's steps of 2**-24: about 0.01 is still told apart
 
 Start = tuple[int, int, int]
 T = TypeVar("T")
@@ -58,7 +61,8 @@ def starts_along(size: int, patch: int, step: float = STEP) -> list[int]:
     if size <= patch:
         return [0]
     count = math.ceil((size - patch) / max(1.0, patch * step)) + 1  # a patch one voxel thick (2D) visits every slice once
-    return [round(i * (size - patch) / (count - 1)) for i in range(count)]
+    distance = (size - patch) / (count - 1)  # divided first, so that halves are rounded as nnU-Net rounds them
+    return [round(distance * i) for i in range(count)]
 
 
 def make_tiling(shape: tuple[int, int, int], patch: tuple[int, int, int], step: float = STEP) -> Tiling:
@@ -95,6 +99,12 @@ def half_weight(patch: tuple[int, int, int]) -> Tensor:
     return weight.clamp_min(weight[weight > 0].min().item())
 
 
+@lru_cache(maxsize=16)
+def lean_weight(patch: tuple[int, int, int]) -> Tensor:
+    """The same Gaussian in float16 for any logits: peak 1, so that none overflow, nowhere so small that none are told apart."""
+    return gaussian_weight(patch).clamp_min(_LEAN_LEAST).half()
+
+
 class Planes(Protocol):
     """Something that gives logits plane by plane."""
 
@@ -125,6 +135,7 @@ class LogitStream:
         store: torch.device | None = None,
         half: bool = False,
         parts: int = 1,
+        lean: bool = False,
     ) -> None:
         """Nothing is computed yet.
 
@@ -137,13 +148,15 @@ class LogitStream:
             store: where logits are held; the image's device unless given.
             half: hold them in float16, rounding after every tile, as nnU-Net does.
             parts: each is blended on its own, and the mean of the blended ones is taken.
+            lean: hold them in float16 to save memory, with a weight that leaves large logits room.
         """
         margins = [(b, t - s - b) for b, s, t in zip(tiling.before, tiling.shape, tiling.padded, strict=True)]
         padding = [amount for margin in reversed(margins) for amount in margin]
         self._image = torch.nn.functional.pad(image, padding) if any(padding) else image
         self._tiling, self._forward, self._advance, self._parts = tiling, forward, advance, parts
         self.device = image.device if store is None else store
-        self._weight = (half_weight(tiling.patch) if half else gaussian_weight(tiling.patch)).to(self.device)
+        weight = half_weight if half else lean_weight if lean else gaussian_weight
+        self._weight = weight(tiling.patch).to(self.device)
         self._batches = tiling.batches(batch)
         self._depth, self._next = tiling.open_planes(batch), 0
         self._ring: Tensor | None = None  # parts x classes, depth, y, x: padded plane z lies at z % depth
@@ -167,9 +180,9 @@ class LogitStream:
         return len(self._ring) // self._parts
 
     def planes(self, low: int, high: int) -> Tensor:
-        """Logits (classes, high - low, y, x), float32 (float16 with `half`); planes below `low` are not to be had any more.
+        """Logits (classes, high - low, y, x), float32 (float16 with `half` or `lean`); those below `low` are then gone.
 
-        Raises ValueError when they are asked for.
+        Raises ValueError when they are asked for, and RunError when float16 does not hold the logits.
         """
         if not self._low <= low < high <= self.shape[0]:
             raise ValueError(f"planes {low} to {high} of {self.shape[0]} were asked for after planes from {self._low} on")
@@ -202,6 +215,8 @@ class LogitStream:
                     self._ring[(slice(None), *box)].addcmul_(tile[:, part].float(), weight)
                 self._norm[box] += weight
         self._next += 1
+        if logits.device.type == "cuda":  # else only the launch would be timed
+            torch.cuda.synchronize(logits.device)
         self.seconds += time.perf_counter() - begin
         self._advance(len(boxes))
 
@@ -224,7 +239,7 @@ class LogitStream:
         self._first = first
 
     def _finished(self, low: int, high: int) -> Tensor:
-        """Closed padded planes, divided by their weights and cut to the image."""
+        """Closed padded planes, divided by their weights and cut to the image. Raises RunError when float16 did not hold them."""
         assert self._ring is not None
         pieces: list[Tensor] = []
         if low < self._first:
@@ -235,6 +250,11 @@ class LogitStream:
             rows, columns = (slice(b, b + s) for b, s in zip(self._tiling.before[1:], self.shape[1:], strict=True))
             for slot, _ in self._slots(max(low, self._first), high):
                 pieces.append(self._mean(self._ring[:, slot, rows, columns] / self._norm[slot, rows, columns]))
+                if pieces[-1].dtype == torch.float16 and not bool(pieces[-1].isfinite().all()):
+                    raise RunError(
+                        "the networks' logits are too large for float16, or no numbers; predict with --precision bf16, "
+                        "or where memory was short with more of it"
+                    )
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
 
     def _mean(self, blended: Tensor) -> Tensor:

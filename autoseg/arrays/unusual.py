@@ -18,6 +18,7 @@ RARE = 0.001  # probability that a case like the training cases lies beyond a li
 TOLERANCE = 0.01  # of a value: what spacings and sizes may differ by when all training cases have the same
 FOUND_IN = 10  # training cases that all must have a structure before its absence is unusual
 LOOKED_AT = 500_000  # voxels of an image that intensities are taken from
+COUNTED = 1 << 20  # voxels of a mask that are counted at a time
 _AXES = ("z", "y", "x")
 _CODES = (("I", "S"), ("A", "P"), ("R", "L"))  # what an axis runs towards when flipped and when not, by world axis z, y, x
 
@@ -78,10 +79,22 @@ def _intensities(channel_zyx: NDArray[np.generic], relative: bool) -> dict[str, 
     }
 
 
+def voxel_counts(label_zyx: NDArray[np.integer]) -> dict[int, int]:
+    """How many voxels hold each value that occurs; few at a time, because sorting all would take a multiple of the mask."""
+    if label_zyx.dtype not in (np.uint8, np.uint16):
+        values, counts = np.unique(label_zyx, return_counts=True)
+        return dict(zip(values.tolist(), counts.tolist(), strict=True))
+    found = np.zeros(np.iinfo(label_zyx.dtype).max + 1, np.int64)
+    rows = max(1, COUNTED // max(1, label_zyx.shape[2]))
+    for plane in label_zyx:
+        for first in range(0, len(plane), rows):
+            found += np.bincount(plane[first:first + rows].ravel(), minlength=len(found))
+    return {int(value): int(found[value]) for value in np.flatnonzero(found)}
+
+
 def describe_mask(label_zyx: NDArray[np.integer], grid: Grid, labels: Labels) -> CaseNumbers:
     """Volumes of a prediction's labels (disk values), ml; in a picture without size, voxels."""
-    values, counts = np.unique(label_zyx, return_counts=True)
-    voxels = dict(zip(values.tolist(), counts.tolist(), strict=True))
+    voxels = voxel_counts(label_zyx)
     found = [label for label in labels.foreground if voxels.get(label.value)]
     return CaseNumbers(
         numbers={

@@ -17,7 +17,9 @@ from autoseg.errors import AutosegError, CasesFailed
 from autoseg.interrupts import Interrupted
 
 __all__ = ["app", "main"]
-FILE_PROBLEMS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EISDIR, errno.ENOTDIR, errno.EEXIST}
+FILE_PROBLEMS = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EISDIR, errno.ENOTDIR, errno.EEXIST,
+}
 
 
 def _interrupted(signum: int) -> NoReturn:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 KEPT_CHECKPOINTS = 2
+ASIDE = "-aside"  # how a checkpoint's name ends while another of the same step takes its place
 SMALL_BYTES = 4 << 20  # for everything that is written beside tensors
 FULL = {errno.ENOSPC, errno.EDQUOT}
 HEADER_BYTES = 100_000_000  # the largest header that safetensors itself accepts
@@ -115,10 +116,16 @@ class RunFolder:
     def save_weights(self, tensors: dict[str, torch.Tensor], epochs: int) -> None:
         """Write weights.safetensors, which marks the run as finished after `epochs`, and drop the checkpoints.
 
-        Raises DiskFull.
+        Raises DiskFull, or RunError when the disk does not give back what was written; the checkpoints are intact then.
         """
-        with self._room(tensors):
-            save_tensors(self.weights_path, tensors, {"epochs": str(epochs)})
+        temporary = self.path / ".weights-unchecked"
+        try:
+            with self._room(tensors):
+                _require_written(temporary, save_tensors(temporary, tensors, {"epochs": str(epochs)}))
+                os.replace(temporary, self.weights_path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _flush(self.path)
         self.weights_so_far_path.unlink(missing_ok=True)
         shutil.rmtree(self.path / "resume", ignore_errors=True)
 
@@ -142,19 +149,19 @@ class RunFolder:
             with self._room(tensors):
                 root.mkdir(parents=True, exist_ok=True)
                 for torn in root.glob(".step_*"):
-                    shutil.rmtree(torn, ignore_errors=True)
+                    if not torn.name.endswith(ASIDE):
+                        shutil.rmtree(torn, ignore_errors=True)
                 temporary.mkdir()
                 written = save_tensors(temporary / "tensors.safetensors", tensors)
                 write_text(temporary / "state.json", json.dumps({"numbers": numbers, "sha256": written}))
-                if _sha256(temporary / "tensors.safetensors") != written:
-                    raise RunError(f"{temporary / 'tensors.safetensors'} does not hold what was just written to it: the disk is "
-                                   "failing; older checkpoints are kept. Move the work folder to another disk")
-                shutil.rmtree(final, ignore_errors=True)
+                _require_written(temporary / "tensors.safetensors", written)
+                if final.exists():  # of the same step; whole until the new one is there
+                    os.replace(final, root / f".{final.name}{ASIDE}")
                 os.replace(temporary, final)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         _flush(root)
-        for old in sorted(root.glob("step_*"))[:-KEPT_CHECKPOINTS]:
+        for old in (*sorted(root.glob("step_*"))[:-KEPT_CHECKPOINTS], *root.glob(f".step_*{ASIDE}")):
             shutil.rmtree(old, ignore_errors=True)
 
     @contextmanager
@@ -174,7 +181,8 @@ class RunFolder:
 
     def load_checkpoint(self) -> tuple[dict[str, torch.Tensor], dict[str, float | int | list[float]]] | None:
         """The newest checkpoint whose hash is right, or None."""
-        for folder in sorted((self.path / "resume").glob("step_*"), reverse=True):
+        root = self.path / "resume"
+        for folder in (*sorted(root.glob("step_*"), reverse=True), *sorted(root.glob(f".step_*{ASIDE}"), reverse=True)):
             numbers = _whole(folder)
             if numbers is not None:
                 return load_tensors(folder / "tensors.safetensors"), numbers
@@ -306,6 +314,15 @@ def _whole(checkpoint: Path) -> dict[str, float | int | list[float]] | None:
         return numbers if state["sha256"] == _sha256(checkpoint / "tensors.safetensors") else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _require_written(path: Path, sha256: str) -> None:
+    """Raise RunError when a file does not hold what was written to it."""
+    if _sha256(path) != sha256:
+        raise RunError(
+            f"{path} does not hold what was just written to it: the disk is failing; older checkpoints are kept. Move the work "
+            "folder to another disk"
+        )
 
 
 def _flush(folder: Path) -> None:

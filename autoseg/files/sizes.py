@@ -15,12 +15,16 @@ JPEG_RATIO = 4000
 _SLACK_BYTES = 4096
 
 
+class NoRoomError(DatasetError, MemoryError):
+    """An image does not fit into the memory that is free now; it may when other work is done."""
+
+
 def check_size(shape: Sequence[int], voxel_bytes: float, stored_bytes: int, ratio: float | None, copies: int = 1) -> None:
     """Refuse a declared shape that its file cannot hold or the memory cannot take.
 
     `voxel_bytes` is the size of one voxel with all its channels, `stored_bytes` what the file has for voxels, `ratio` the most
     that its compression can reach (1 for none, None when there is no bound), `copies` how many arrays reading needs at once.
-    Raises DatasetError.
+    Raises DatasetError, and NoRoomError where it is the memory.
     """
     declared = math.prod(int(n) for n in shape) * voxel_bytes
     text = " x ".join(str(n) for n in shape)
@@ -29,8 +33,8 @@ def check_size(shape: Sequence[int], voxel_bytes: float, stored_bytes: int, rati
                            f"but the file holds {_human(stored_bytes)} of voxel data; copy or export it again")
     available = memory_available_bytes()
     if declared * copies > available:
-        raise DatasetError(f"declares {text} voxels, which need {_human(declared * copies)} of memory, "
-                           f"but {_human(available)} are free; crop it or use a machine with more memory")
+        raise NoRoomError(f"declares {text} voxels, which need {_human(declared * copies)} of memory, "
+                          f"but {_human(available)} are free; crop it or use a machine with more memory")
 
 
 def _human(count: float) -> str:

@@ -37,6 +37,7 @@ class Gauge:
     def look(self, low: int, planes: Tensor) -> None:
         """See logits followed by `MAPS`, (classes + 3, planes, y, x), which begin at plane `low`."""
         classes, high = len(planes) - len(MAPS), low + planes.shape[1]
+        planes = planes.cpu() if planes.device.type == "mps" else planes  # sums are in float64, which it has not
         self.maps[:, low:high] = planes[classes:].cpu()
         for z in range(low, high):
             plane = planes[:classes, z - low].float()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import math
 import os
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,7 +14,8 @@ from autoseg.arrays.tiles import Tiling
 from autoseg.files.machine import memory_available_bytes
 
 GB = 2**30
-_MARGIN = 0.04  # of --max-ram: what threads, allocators and libraries take beside what is reckoned
+_MARGIN, _LEAST_MARGIN = 0.04, 192 << 20  # of a limit: what threads, allocators and libraries take beside what is reckoned
+_SHARED = 0.1  # of free memory: other processes take some meanwhile
 _SLAB = 3  # planes of logits beside the open ones, in the hands of restoring
 _FLOAT, _HALF = 4, 2
 
@@ -32,8 +34,15 @@ class Limits:
 
     def free_ram(self) -> int:
         """Bytes that this process may still take now."""
-        free = memory_available_bytes()
-        return free if self.ram is None else max(0, min(free, int(self.ram * (1 - _MARGIN)) - resident_bytes()))
+        free = int(memory_available_bytes() * (1 - _SHARED))
+        if self.ram is None:
+            return free
+        return max(0, min(free, self.ram - max(int(self.ram * _MARGIN), _LEAST_MARGIN) - resident_bytes()))
+
+    def free_gpu(self, reachable: int, held: int) -> int:
+        """Bytes of the card that may still be taken, of those that are free or this process's; its tensors, `held`, stay."""
+        most = reachable if self.gpu is None else min(reachable, self.gpu)
+        return max(0, int(most * (1 - _MARGIN)) - held)
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,11 @@ class StreamLoad:
     tile_bytes: int
     half: bool = False
 
+    @property
+    def logit_bytes(self) -> int:
+        """Bytes of one tile's logits."""
+        return _FLOAT * self.channels * math.prod(self.tiling.patch)
+
     def held_bytes(self, batch: int, half: bool) -> int:
         """Bytes of open planes, their weights, and the planes in the hands of restoring."""
         _, rows, columns = self.tiling.padded
@@ -59,13 +73,14 @@ class StreamLoad:
 class CaseLoad:
     """What one case takes beside the networks.
 
-    `streams` are computed side by side. `made_bytes` is what the result will hold. `image_bytes` is the preprocessed images,
-    which are copied to an accelerator when they fit.
+    `streams` are computed side by side. `made_bytes` is what the result will hold. `image_bytes` is what the networks see, which
+    is copied to an accelerator when it fits; there restoring takes `restoring_bytes`.
     """
 
     streams: tuple[StreamLoad, ...]
     made_bytes: int
     image_bytes: int
+    restoring_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -112,22 +127,27 @@ def plan_memory(load: CaseLoad, batch: int, free_ram: int, free_gpu: int | None 
     raise MemoryError(f"{shape} voxels with {load.streams[0].channels} outputs need at least {'; '.join(parts)}")
 
 
+def least_bytes(load: CaseLoad, gpu: bool) -> int:
+    """Main memory of the leanest way: one tile at once, float16, nothing read ahead, logits on the card where there is one."""
+    return _reckon(load, 1, half=True, on_device=True, ahead=False, next_bytes=0, gpu=gpu).ram_bytes
+
+
 def _reckon(
     load: CaseLoad, batch: int, half: bool, on_device: bool, ahead: bool, next_bytes: int, gpu: bool
 ) -> MemoryPlan:
     held = sum(stream.held_bytes(batch, half) for stream in load.streams)
-    work = max(stream.tile_bytes * min(batch, len(stream.tiling.starts)) for stream in load.streams)
+    work = max(stream.tile_bytes * batch for stream in load.streams)  # where tiles are few, mirrored copies fill the batch
     ram, card = load.made_bytes + (next_bytes if ahead else 0), 0
     if gpu:
-        card = work + (held + load.image_bytes if on_device else 0)
-        ram += 0 if on_device else held
+        card = work + (held + load.image_bytes + load.restoring_bytes if on_device else 0)
+        ram += 0 if on_device else held + batch * max(stream.logit_bytes for stream in load.streams)
     else:
         ram += held + work
     return MemoryPlan(batch, half, on_device, ahead, ram, card)
 
 
 def reading_bytes(voxels: int, channels: int, itemsize: int, finer: float) -> int:
-    """The most that reading and preprocessing an image takes; `finer` is how many voxels one becomes by resampling."""
+    """The most that reading and preprocessing an image takes; `finer` is how many voxels one becomes by resampling, in all."""
     stored = voxels * channels * itemsize
     as_float = voxels * channels * _FLOAT
     return int(stored + max(stored, voxels + as_float * (1 + 1.5 * max(1.0, finer))))

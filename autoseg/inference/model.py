@@ -22,7 +22,7 @@ from autoseg.arrays.tiles import LogitStream, gather
 from autoseg.errors import DatasetError, GeometryError
 from autoseg.inference.foreign import from_foreign, is_foreign, to_foreign
 from autoseg.inference.loads import case_load, is_exact, network_grid, tiling_of
-from autoseg.inference.memory import CaseLoad, Limits, MemoryPlan, plan_memory, reading_bytes
+from autoseg.inference.memory import CaseLoad, Limits, MemoryPlan, least_bytes, plan_memory, reading_bytes
 from autoseg.inference.passes import Passes
 from autoseg.inference.records import Decided, ImagePrediction, Member, Prediction, Wishes
 from autoseg.inference.settle import Rules, settle
@@ -38,7 +38,8 @@ NOTHING_MORE = Wishes()
 class Model:
     """One or several members whose probabilities are averaged by weight, each the mean over its folds and mirrorings.
 
-    Several threads may use one model at the same time.
+    Several threads may use one model at the same time; each plans with the memory that is free when it begins, so where that is
+    short they should take turns.
     """
 
     def __init__(
@@ -122,7 +123,7 @@ class Model:
             raise GeometryError(f"expected an array (channel, z, y, x) or (channel, y, x), found shape {np.shape(image)}")
         spacing = (max(NO_DEPTH_MM, NO_DEPTH_MM * max(spacing_zyx_mm)), *spacing_zyx_mm[-2:]) if flat else spacing_zyx_mm
         _, z, y, x = array.shape
-        grid = Grid(shape=(z, y, x), spacing=spacing, has_direction=not flat)
+        grid = Grid(shape=(z, y, x), spacing=spacing, has_direction=False)  # it lies as the plan wants it
         found = self.predict_image(Image(np.ascontiguousarray(array), grid, ""), probabilities, uncertainty)
         if flat:
             found = _flat(found)
@@ -177,14 +178,14 @@ class Model:
     def needed_bytes(self, grid: Grid, wishes: Wishes = NOTHING_MORE) -> int:
         """The least memory that an image which is read already takes: its copies for all members, and logits of open planes."""
         load = self._load([network_grid(grid, member) for member in self.stages()], grid.shape, wishes)
-        free_gpu = None if self.device.type != "cuda" else 1 << 60
-        copies = load.image_bytes + 4 * math.prod(grid.shape) * len(self.channels)
-        return copies + plan_memory(load, 1, 1 << 60, free_gpu).ram_bytes
+        prepared = sum(4 * math.prod(stream.tiling.shape) for stream in load.streams) * len(self.channels)
+        cropped = 4 * math.prod(grid.shape) * len(self.channels)  # gone before the networks begin
+        return prepared + max(cropped, least_bytes(load, self.device.type == "cuda"))
 
     def reading_bytes(self, grid: Grid, channels: int, itemsize: int) -> int:
         """What reading and preprocessing an image takes at most, from its header."""
         voxels = math.prod(grid.shape)
-        finer = max(math.prod(network_grid(grid, member)) / max(1, voxels) for member in self.stages())
+        finer = sum(math.prod(network_grid(grid, member)) / max(1, voxels) for member in self.stages())
         return reading_bytes(voxels, channels, itemsize, finer)
 
     def plan_memory(self, prepared: Sequence[Preprocessed], wishes: Wishes = NOTHING_MORE, next_bytes: int = 0) -> MemoryPlan:
@@ -196,15 +197,11 @@ class Model:
         shapes = [case.placement.shape for case in _with_previous(prepared)]
         load = self._load(shapes, prepared[0].placement.stored.shape, wishes)
         gpu = free_gpu_gb(self.device)
-        free_gpu = None if gpu is None else int(gpu * 2**30)
-        if free_gpu is not None and self.limits.gpu is not None:
-            free_gpu = min(free_gpu, self.limits.gpu - sum(_network_bytes(member) for member in self.stages()))
+        free_gpu = None if gpu is None else self.limits.free_gpu(int(gpu * 2**30), torch.cuda.memory_allocated(self.device))
         return plan_memory(load, self._batch(), self.limits.free_ram(), free_gpu, next_bytes)
 
     def _load(self, shapes: Sequence[tuple[int, int, int]], stored: tuple[int, int, int], wishes: Wishes) -> CaseLoad:
-        outputs = self.labels.output_count
-        dense = wishes.probabilities or needs_probabilities(self.postprocessing)
-        return case_load(list(self.stages()), shapes, stored, wishes, self.precision, dense, outputs)
+        return case_load(list(self.stages()), shapes, stored, wishes, self.precision, self.postprocessing)
 
     def _batch(self) -> int:
         """Tiles at once: on a CPU larger ones leave the cache, and in float32 single ones take a slow path of torch's."""
@@ -268,7 +265,8 @@ class Model:
         _, z, y, x = image_czyx.shape
         tiling = tiling_of((z, y, x), member.configuration)
         parts = len(member.networks) if passes.apart else 1
-        return LogitStream(image.to(store), tiling, passes.forward, chosen.batch, advance, store, exact or chosen.half, parts)
+        return LogitStream(
+            image.to(store), tiling, passes.forward, chosen.batch, advance, store, exact, parts, lean=chosen.half and not exact)
 
     def logits(self, member: Member, case: Preprocessed, uncertainty: bool = False) -> Tensor:
         """Whole logits of a member, as `stream`."""
@@ -324,10 +322,6 @@ def _with_previous(prepared: Sequence[Preprocessed]) -> Iterator[Preprocessed]:
         while stage is not None:
             yield stage
             stage = stage.previous
-
-
-def _network_bytes(member: Member) -> int:
-    return sum(p.numel() * p.element_size() for network in member.networks for p in network.parameters())
 
 
 def _is_finite(array: NDArray[np.generic]) -> bool:

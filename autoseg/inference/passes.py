@@ -48,18 +48,18 @@ class Passes:
     def _mean(self, tiles: Tensor) -> Tensor:
         """Mean logits (tile, classes, ...) of all networks and mirrorings, or with `apart` of each network."""
         statistics = PassStatistics(self.temperature, self.regions) if self.uncertainty else None
-        found: list[Tensor] = []
-        for network in self.networks:
-            found.append(self._mirrored(network, tiles, statistics))
-            if statistics is not None:
-                statistics.add_network(found[-1])
         if self.apart:
-            return torch.cat(found, 1)
-        total = found[0]
-        for other in found[1:]:
-            total += other
-        if len(found) > 1:
-            total /= len(found)
+            return torch.cat([self._mirrored(network, tiles, None) for network in self.networks], 1)
+        total: Tensor | None = None
+        for network in self.networks:
+            own = self._mirrored(network, tiles, statistics)
+            if statistics is not None:
+                statistics.add_network(own)
+            total = own if total is None else total.add_(own)  # one after the other, so that two are alive at most
+            del own
+        assert total is not None
+        if len(self.networks) > 1:
+            total /= len(self.networks)
         return total if statistics is None else torch.cat([total, statistics.maps(total)], 1)
 
     def _mirrored(self, network: Network, tiles: Tensor, statistics: PassStatistics | None) -> Tensor:

@@ -54,9 +54,19 @@ def pick_precision(device: torch.device, wanted: str = "auto") -> Resolved:
     return wanted  # type: ignore[return-value]
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
+# what torch and its libraries say for want of memory without the class for it; cuDNN finds no engine whose workspace fits
+OUT_OF_MEMORY = (
+    "out of memory", "can't allocate memory", "unable to find an engine",
+    "cudnn_status_alloc_failed", "cublas_status_alloc_failed",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch ran out of the device's or the machine's memory."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(sign in text for sign in OUT_OF_MEMORY)
 
 
 def autocast(device: torch.device, precision: Resolved) -> AbstractContextManager[object]:

@@ -19,7 +19,7 @@ from autoseg.networks.describe import Description, Node, Segment, segments
 from autoseg.types.plan import Ints
 
 FLOAT, LABEL = 4, 8  # bytes of a float32 and of a label's int64
-LOSS_MAPS = 2  # float32 maps of a head's size that the gradient of its loss takes beside what is kept
+ROW_SUMS = 1  # bytes per element of a head for sums over rows of at least 4 voxels
 CONVOLUTIONS = ("conv", "up", "head")
 
 Int64s = NDArray[np.int64]
@@ -196,7 +196,7 @@ class Playback:
     """Plays `forward`, then (in training) `loss` and `backward`, and records it."""
 
     def __init__(self, description: Description, setting: Setting, in_float: frozenset[str]) -> None:
-        self.setting, self.dims, self.in_float, self.count = setting, description.dims, in_float, len(description.nodes)
+        self.setting, self.in_float, self.count = setting, in_float, len(description.nodes)
         self.numbers = {node.name: number for number, node in enumerate(description.nodes)}
         self.segments = segments(description, setting.heads, description.checkpointing)
         self.heads = description.heads[: setting.heads]
@@ -236,38 +236,39 @@ class Playback:
 
     def loss(self) -> None:
         """Dice and cross-entropy at every head: what they keep, and what they need for a moment."""
+        regions, ignore = self.setting.regions, self.setting.ignore
         for head in self.heads:
             value = self.values[head]
-            copied = value.itemsize < FLOAT  # the logits, to float32
-            self.storages.brief(self._elements(value.number, (3 + copied) * FLOAT))
-            kept = [] if self.setting.regions else [self.storages.hold("label")]
-            for name, size in self._loss_keeps(value, copied, finest=head == self.heads[0]).items():
+            kept = [] if regions or ignore else [self.storages.hold("label")]
+            for name, size in self._loss_keeps(value.number).items():
                 kept.append(self.storages.hold(f"{head}.{name}", size))
-            if self.setting.regions and not copied:
-                kept.append(self.storages.hold(value.key))
+                if name == "probabilities" and value.itemsize < FLOAT:
+                    self.storages.brief(self._elements(value.number, FLOAT))  # the logits, to float32
             self.kept[f"{head} loss"] = kept
-            self.storages.brief(self._elements(value.number, (1 + copied) * FLOAT))
+            maps = self._elements(value.number, (2 + ignore) * FLOAT if regions else ROW_SUMS)
+            self.storages.brief((*maps, *self._voxels(value.number, LABEL * ignore if regions else 2 * FLOAT)))
 
-    def _loss_keeps(self, value: Value, copied: bool, finest: bool) -> dict[str, Bytes]:
-        """Bytes of what the loss of a head keeps."""
-        regions, ignore, number = self.setting.regions, self.setting.ignore, value.number
-        maps = self._elements(number, FLOAT)
-        keeps = {"probabilities": maps, "target": maps}
-        if ignore:
-            inner = maps if regions else (*maps, *self._voxels(number, -FLOAT))  # without the background
-            keeps |= {"target": inner, "mask": self._voxels(number, FLOAT)}
-        if regions:
-            keeps |= {"target again": maps, "logits": maps if copied else (), "valid": self._voxels(number, 1) if ignore else ()}
-        else:
-            keeps |= {"log": maps, "label": self._voxels(number, LABEL) if self.dims == 3 and not finest else ()}  # strided copy
-        return keeps
+    def _loss_keeps(self, number: int) -> dict[str, Bytes]:
+        """Bytes of what the loss of a head keeps, the label map itself apart."""
+        maps, voxels, mask = self._elements(number, FLOAT), self._voxels(number, FLOAT), self._voxels(number, 1)
+        keeps = {"probabilities": maps} | ({"mask": mask} if self.setting.ignore else {})
+        if self.setting.regions:  # on a CPU the logarithm keeps an exponential
+            return keeps | {"target": maps, "signs": maps, "margins": maps} | ({"exponential": maps} if self.setting.cpu else {})
+        return keeps | {"picked": voxels} | ({"label": self._voxels(number, LABEL)} if self.setting.ignore else {})
+
+    def _loss_takes(self, value: Value) -> Bytes:
+        """Bytes that the gradient of a head's loss takes for a moment beside what is kept and itself."""
+        if self.setting.regions:
+            return self._elements(value.number, 2 * FLOAT)
+        maps = (value.itemsize < FLOAT) + self.setting.ignore  # the gradient in float32; the classes' slopes where they count
+        return (*self._elements(value.number, maps * FLOAT), *self._voxels(value.number, 4 * FLOAT))
 
     def backward(self) -> None:
         """Gradients of the losses, then of every node in reverse; what is no longer needed is freed."""
         for head in reversed(self.heads):
             value = self.values[head]
-            self.storages.brief(self._elements(value.number, LOSS_MAPS * FLOAT))
             self.gradients[head] = [self.storages.hold(f"{head}.gradient", value.size)]
+            self.storages.brief(self._loss_takes(value))
             self.storages.release(self.kept.pop(f"{head} loss"))
         for segment in reversed(self.segments):
             if segment.recompute:

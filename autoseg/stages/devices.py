@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import queue
 import re
@@ -23,9 +24,11 @@ from autoseg.logs import Reporter
 from autoseg.stages import cascade
 from autoseg.stages.records import Options
 from autoseg.stages.remedies import given_settings
+from autoseg.stages.together import LAUNCHERS
 from autoseg.stages.train import Arranged, Key, arrange, train
 from autoseg.types.run import RunRecord, TrainSpec
 
+MEETING = {"MASTER_ADDR", "MASTER_PORT"}.union(*LAUNCHERS)  # variables of processes that train one fold together
 LOOK_SECONDS = 0.2  # between looks for signals
 LAST_SECONDS = 10.0  # that a process has after a second signal, before it is killed
 MOST_READERS = 8  # threads that read for one device
@@ -81,8 +84,20 @@ def pick_devices(text: str | None, device: str) -> list[str]:
         raise RunError(f"--devices takes numbers or names like 0,1 or cuda:0,cuda:1, found {text!r}")
     names = [f"cuda:{name}" if re.fullmatch(r"\d+", name) else name for name in names]
     for name in dict.fromkeys(names):
-        pick_device(name)
+        if re.fullmatch(r"cuda:\d+", name):  # told by its number: to try one takes memory on it that this process then keeps
+            _require_cuda(name)
+        else:
+            pick_device(name)
     return names
+
+
+def _require_cuda(name: str) -> None:
+    import torch
+
+    count = torch.cuda.device_count()
+    if int(name.removeprefix("cuda:")) >= count:
+        there = "there is no CUDA device" if not count else f"there are {count} CUDA devices, numbered from 0"
+        raise RunError(f"device {name!r} cannot be used here: {there}; choose others with --devices")
 
 
 def train_on(
@@ -100,6 +115,12 @@ def train_on(
         CasesFailed: some folds failed; the rest is done.
         Interrupted: after a signal; every process has saved its state.
     """
+    world = environment.get("WORLD_SIZE", "")
+    if len(devices) > 1 and world.isdigit() and int(world) > 1:
+        raise RunError(
+            f"--devices divides folds among devices, but WORLD_SIZE says that {world} processes train one fold together, and "
+            "each would do so; leave --devices out, or start this command alone"
+        )
     begun = time.monotonic() if started is None else started
     options = replace(wanted.options, device=devices[0])
     asked = (workspace, wanted.configurations, wanted.folds, wanted.name, wanted.spec, options, reporter)
@@ -130,8 +151,12 @@ def _is_due(workspace: Workspace, key: Key, record: RunRecord, arranged: Arrange
 
 
 def _divided(environment: Mapping[str, str], parts: int) -> dict[str, str]:
-    """The environment of each of several processes, which share the processor's cores unless it says otherwise already."""
-    return {"OMP_NUM_THREADS": str(max(1, cores() // parts)), **environment}
+    """The environment of each of several processes, which share the processor's cores unless it says otherwise already.
+
+    What a launcher says of processes that train one fold together is left out: each of these trains a fold alone.
+    """
+    alone = {name: value for name, value in environment.items() if name not in MEETING}
+    return {"OMP_NUM_THREADS": str(max(1, cores() // parts)), **alone}
 
 
 @dataclass
@@ -194,6 +219,7 @@ class _Crew:
                 self.failures.update(dict.fromkeys(own, why))
                 continue
             cascade.prepare(self.workspace, previous, configuration, device=self.devices[0], reporter=self.reporter)
+            _free_device_memory()
             ready += own
         return ready
 
@@ -224,6 +250,8 @@ class _Crew:
             own = ["--threads", str(wanted.options.threads)] if wanted.options.threads is not None else []
             settings = [setting for setting in given_settings(record.spec) if budget is None or not setting.startswith("epochs=")]
             own += [part for setting in settings for part in ("--set", setting)]
+            if record.init is not None and wanted.options.init is not None:
+                own += ["--init", str(wanted.options.init)]
         if run != record.configuration:
             own += ["--name", run]
         if wanted.options.restart and key in self.arranged.asked:
@@ -275,6 +303,14 @@ class _Crew:
             except subprocess.TimeoutExpired:
                 process.child.kill()
                 process.child.wait()
+
+
+def _free_device_memory() -> None:
+    """Give back the device memory that this process no longer needs: another one trains there now."""
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _read(process: _Process, put: Callable[[_Line], None]) -> None:

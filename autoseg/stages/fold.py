@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from autoseg.errors import AutosegError, RunError
+from autoseg.files.machine import memory_kept
 from autoseg.files.runs import FULL, DiskFull, RunFolder, disk_is_full
 from autoseg.interrupts import Interrupts
 from autoseg.logs import Reporter
@@ -49,7 +50,7 @@ def train_fold(
     folder.remove_leftovers()
     training = Training(job)
     name = f"{record.name} fold {record.fold}"
-    begun = _go_on(training, folder, record, name)
+    begun = _go_on_alike(training, folder, record, name)
     epochs = [e for e in folder.metrics() if e.epoch < training.epoch]
     if begun and record.extended[-1:] == (training.epoch,) and not training.step_in_epoch:
         reporter.info(
@@ -61,7 +62,7 @@ def train_fold(
     log = _Log(training, folder, epochs, watch)
     alerts = Alerts(name, job, reporter)
     alerts.before()
-    with interrupts.deferred(), reporter.task(name, job.spec.total_steps, "steps") as task, _nothing_lost(log):
+    with interrupts.deferred(), reporter.task(name, job.spec.total_steps, "steps") as task, _nothing_lost(log), memory_kept():
         task.advance(training.step, log.note())
 
         def after_step() -> None:
@@ -70,7 +71,7 @@ def train_fold(
                 reporter.info(f"{name}: stopped by a file named stop, which is removed")
                 interrupts.signum = signal.SIGTERM
             if job.ranks is not None:  # all stop after the same step
-                interrupts.signum = job.ranks.any(interrupts.signum or 0, job.device) or None
+                interrupts.signum = job.ranks.any(interrupts.signum or 0) or None
             if interrupts.signum is not None:
                 log.stop(reporter, name)
                 interrupts.raise_if_requested()
@@ -108,6 +109,8 @@ def _nothing_lost(log: _Log) -> Iterator[None]:
     except (Diverged, DiskFull):  # what was saved before is better than what there is now, or there is no room for it
         raise
     except AutosegError as error:
+        if not log.folder.writes:
+            raise
         log.checkpoint()
         raise type(error)(f"{error}. Training is saved at step {training.step}: the same command goes on from there") from None
     except OSError as error:
@@ -122,6 +125,32 @@ def _nothing_lost(log: _Log) -> Iterator[None]:
             "is intact. Plan smaller patches: autoseg plan DATASET --out WORK --replan --planner fit --gpu-memory GB. "
             f"torch says: {str(error).splitlines()[0][:120]}"
         ) from None
+
+
+def _go_on_alike(training: Training, folder: RunFolder, record: RunRecord, name: str) -> bool:
+    """`_go_on`, by several processes at the same step and from the same weights.
+
+    Raises:
+        RunError: they found different checkpoints.
+    """
+    from autoseg.trainers.state import on_cpu
+
+    ranks = training.job.ranks
+    if ranks is None:
+        return _go_on(training, folder, record, name)
+    begun = ranks.together("go on from its checkpoint", lambda: _go_on(training, folder, record, name))
+    last, first = ranks.every([training.step, -training.step])
+    if last != -first:
+        raise RunError(
+            f"{name}: the processes would go on from different steps, {-first} and {last}, here {training.step}; the work folder "
+            f"must be the same one for all of them, on a file system that all machines share, here it is {folder.path.parents[2]}"
+        )
+    ranks.copy_first(training.network.state_dict().values())
+    if not begun:  # the rest of a checkpoint is the same file for all
+        training.good = on_cpu(training.network.state_dict())
+        if training.average:
+            training.average.begin(training.good)
+    return begun
 
 
 def _go_on(training: Training, folder: RunFolder, record: RunRecord, name: str) -> bool:

@@ -11,7 +11,8 @@ writes these steps in another language needs nothing else:
 3. For each tile run every network (folds) on every mirrored copy, flip back, and take the mean of the logits.
 4. Blend tiles by a Gaussian of sigma = patch / 8, peak 1: sum of weighted logits over sum of weights.
 5. Interpolate the logits linearly to the image's own grid; softmax and the largest class, or sigmoid above 0.5 for regions, where
-   later regions overwrite earlier ones. Several members are averaged as probabilities, by weight (see autoseg/arrays/restore/ensemble.py).
+   later regions overwrite earlier ones. Several members are averaged as probabilities, by weight (see
+   autoseg/arrays/restore/ensemble.py).
 6. Post-process, and write the label values of the data set.
 
 Where a run has a `previous` one, that one's labels (resampled to this run's grid) follow the image's channels, one per label.

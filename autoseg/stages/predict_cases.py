@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from autoseg.arrays.unusual import combined, describe_image, describe_mask, unusual
+from autoseg.arrays.unusual import combined, describe_image, describe_mask, unusual, voxel_counts
 from autoseg.errors import AutosegError, CasesFailed
 from autoseg.files.images import read_case, read_header, write_label, write_probabilities
 from autoseg.files.masks import MaskFolder
@@ -68,6 +68,8 @@ def predict_cases(work: Work, todo: Sequence[CaseFiles], reporter: Reporter, nam
     Raises:
         CasesFailed: some cases failed; they are listed, the rest is done.
     """
+    from autoseg.inference.memory import give_back
+
     failed: dict[str, str] = {}
     short: list[CaseFiles] = []  # out of memory while others were in work: tried once more alone
 
@@ -105,18 +107,23 @@ def predict_cases(work: Work, todo: Sequence[CaseFiles], reporter: Reporter, nam
             if writing is not None:
                 settle(writing[0], writing[1].result())
                 writing = None
+                give_back()  # here, since the writer has let go of the case only now
             if not isinstance(ready, _Failed) and decided is not None and not isinstance(decided, _Failed):
-                writing = case, writer.submit(_attempt, _finish, work, case, ready, decided)
+                writing = case, writer.submit(_attempt, _finish, work, case, ready, [decided])
             del ready, decided
             if upcoming is not None and not ahead:
                 if writing is not None:
                     writing[1].result()
+                    give_back()
                 reading = reader.submit(_attempt, _read, work, upcoming)
             task.advance(note=case.case)
         if writing is not None:
             settle(writing[0], writing[1].result())
+        del reading, writing  # what they hold would make the cases that are tried alone fail again
+        give_back()
         for case in short:
             settle(case, _attempt(_whole, work, case), alone=True)
+            give_back()
     if failed:
         lines = "\n".join(f"  {case}: {why}" for case, why in failed.items())
         raise CasesFailed(
@@ -139,6 +146,7 @@ def _attempt(work: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T
     try:
         return work(*arguments, **options)
     except (AutosegError, ValueError, OSError, MemoryError) as error:
+        error.__cause__ = error.__context__ = None
         return _Failed(error.with_traceback(None))  # a traceback would keep the case's arrays
     except RuntimeError as error:
         if not is_out_of_memory(error):
@@ -150,7 +158,7 @@ def _read(work: Work, case: CaseFiles) -> _Ready:
     from autoseg.arrays.postprocess import needs_image
 
     begin = time.perf_counter()
-    image = read_case([Path(p) for p in case.images])
+    image = read_case([Path(p) for p in case.images], as_stored=True)
     middle = time.perf_counter()
     prepared = work.model.prepare(image, wishes=work.wishes)
     numbers: CaseNumbers | None = None
@@ -166,7 +174,11 @@ def _read(work: Work, case: CaseFiles) -> _Ready:
 
 def _plan(work: Work, ready: _Ready, upcoming: CaseFiles | None) -> MemoryPlan:
     """How a case is computed, and whether the one after it may be read meanwhile."""
-    return work.model.plan_memory(ready.prepared, work.wishes, 0 if upcoming is None else _reading_bytes(work, upcoming))
+    try:
+        return work.model.plan_memory(ready.prepared, work.wishes, 0 if upcoming is None else _reading_bytes(work, upcoming))
+    except MemoryError:
+        ready.prepared.clear()
+        raise
 
 
 def _reading_bytes(work: Work, case: CaseFiles) -> int:
@@ -175,25 +187,31 @@ def _reading_bytes(work: Work, case: CaseFiles) -> int:
         headers = [read_header(Path(path)) for path in case.images]
     except (AutosegError, ValueError, OSError):
         return 0
-    itemsize = max(np.dtype(header.dtype).itemsize for header in headers)
+    kinds = {np.dtype(header.dtype) for header in headers}
+    itemsize = max(kind.itemsize for kind in kinds)
+    if len(kinds) > 1:  # they become float32
+        itemsize = max(4, itemsize)
     return work.model.reading_bytes(headers[0].grid, sum(header.channels for header in headers), itemsize)
 
 
 def _compute(work: Work, ready: _Ready, plan: MemoryPlan) -> Decided:
-    decided = work.model.decide(ready.prepared, work.wishes, plan)
-    ready.prepared.clear()
-    return decided
+    try:
+        return work.model.decide(ready.prepared, work.wishes, plan)
+    finally:
+        ready.prepared.clear()
 
 
 def _whole(work: Work, case: CaseFiles) -> str:
     ready = _read(work, case)
-    return _finish(work, case, ready, _compute(work, ready, _plan(work, ready, None)))
+    return _finish(work, case, ready, [_compute(work, ready, _plan(work, ready, None))])
 
 
-def _finish(work: Work, case: CaseFiles, ready: _Ready, decided: Decided) -> str:
-    """Post-process, judge and write one case; returns in what it is unlike the training cases."""
-    from autoseg.inference.memory import give_back
+def _finish(work: Work, case: CaseFiles, ready: _Ready, handed: list[Decided]) -> str:
+    """Post-process, judge and write one case, which is taken out of `handed` so that nobody else keeps it.
 
+    Returns in what it is unlike the training cases.
+    """
+    decided = handed.pop()
     model, folder, begin = work.model, work.folder, time.perf_counter()
     prediction = model.finish(decided, ready.image_czyx)
     ready.seconds.update(prediction.seconds)
@@ -214,16 +232,13 @@ def _finish(work: Work, case: CaseFiles, ready: _Ready, decided: Decided) -> str
         write_probabilities(folder.uncertainty(case), prediction.uncertainty_kzyx, ready.grid, like)
     write_label(folder.mask(case), prediction.label_zyx, ready.grid, like)
     folder.end(case, {**row, "seconds_write": f"{time.perf_counter() - begin:.3f}"})
-    del prediction, decided
-    give_back()
     return row.get("unusual", "")
 
 
 def _row(case: CaseFiles, ready: _Ready, label_zyx: NDArray[np.integer], labels: Labels) -> dict[str, str]:
     row = {"case": case.case, "status": "done", "error": ""}
     row.update({f"seconds_{stage}": f"{seconds:.3f}" for stage, seconds in ready.seconds.items()})
-    values, counts = np.unique(label_zyx, return_counts=True)
-    found = dict(zip(values.tolist(), counts.tolist(), strict=True))
+    found = voxel_counts(label_zyx)
     for label in labels.foreground:
         voxels = found.get(label.value, 0)
         row[f"voxels_{label.name}"] = str(voxels)

@@ -197,9 +197,10 @@ class _Work:
                 self.workspace, record.previous, record.configuration, device=self.options.device, reporter=self.reporter
             )
         self.options.wait()
-        if not folder.finished or folder.record().spec.epochs != record.spec.epochs:
+        due = leads and not self._done(key, record)  # the first process says so for all
+        if due if self.options.ranks is None else self.options.ranks.any(int(due)):
             self._train(key, record, folder, budget)
-        elif record.previous is not None and folder.record().data != self._data(record) and leads:
+        elif leads and record.previous is not None and folder.record().data != self._data(record):
             self.reporter.warn(
                 f"{key[0]} fold {key[1]} was trained on other cases or on other segmentations by {record.previous} than there "
                 "are now; train it again with --restart"
@@ -208,7 +209,11 @@ class _Work:
         self.options.wait()
         if leads:
             begun = time.monotonic()
-            validate(self.workspace, key[0], key[1], self.options, self.reporter)
+            try:
+                validate(self.workspace, key[0], key[1], self.options, self.reporter)
+            except CasesFailed:
+                self.options.wait()  # the others go on too
+                raise
             if budget is not None and key in budget.shares:
                 budget.finish(key, time.monotonic() - begun)
         self.options.wait()
@@ -319,14 +324,15 @@ class _Work:
             case = self._cases(record.model_copy(update={"previous": None}), record.split.train[:1])[0]
             cases = [RandomCase(case.shape, len(record.plan.channels), len(record.plan.labels.foreground))]
         job = self._job(record, cases, [])
-        training = Training(job)
         try:
             measured = measure_step(job, seconds)
         except RunError:  # it will come up in training, with the cases that caused it
             return None
         self._tell_memory(record, measured)
-        budgeted = self.options.time_budget_s is not None
-        return Pace(measured.seconds, case_seconds(self.workspace, record, training.network, job.device) if budgeted else 0.0)
+        if self.options.time_budget_s is None:
+            return Pace(measured.seconds, 0.0)
+        network = Training(job).network  # only now: beside the measured one it would count as that one's memory
+        return Pace(measured.seconds, case_seconds(self.workspace, record, network, job.device))
 
     def _tell_memory(self, record: RunRecord, measured: Measured) -> None:
         """Say what one real step needed, and warn where that is more than was planned for."""

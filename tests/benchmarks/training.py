@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from accuracy_in_time import CONFIGURATION, NAME, prepare_peer
 
+from autoseg.files.machine import memory_kept
 from autoseg.files.preprocessed import open_case
 from autoseg.files.workspace import Workspace
 from autoseg.networks.describe import describe
@@ -127,9 +128,10 @@ def step(workspace: Workspace, venv: Path, environment: dict[str, str], scratch:
         training.train_step(batch)
         return time.perf_counter() - begin
 
-    for _ in range(2):
-        ours(), peer.ask("step")
-    times = [(ours(), peer.ask("step")["seconds"]) for _ in range(repeats)]
+    with memory_kept():  # as in training
+        for _ in range(2):
+            ours(), peer.ask("step")
+        times = [(ours(), peer.ask("step")["seconds"]) for _ in range(repeats)]
     peer.close()
     mine, theirs = (statistics.median(column) for column in zip(*times, strict=True))
     print(f"step, batch {STEP_BATCH}, 1 thread: ours in {training.job.precision} {mine:.3f} s, nnU-Net in fp32 {theirs:.3f} s, "
@@ -151,7 +153,8 @@ def epoch(workspace: Workspace, venv: Path, environment: dict[str, str], given: 
     waits: list[float] = []
     theirs: dict[int, list[dict[str, float]]] = {workers: [] for workers in peers}
     for _ in range(given.repeats + 1):  # the first warms up
-        record = next(epochs)
+        with memory_kept():  # as in training
+            record = next(epochs)
         ours.append(record.seconds)
         waits.append(record.data_wait)
         for workers, peer in peers.items():

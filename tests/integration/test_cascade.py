@@ -141,7 +141,7 @@ def test_after_a_kill_it_goes_on_with_what_is_missing(story: Story) -> None:
     assert len(stored) == KILLED_AT and not any(name.startswith(HIGH) for name in story.after_kill)
     now = files(story.work.runs)
     kept = [name for name in story.after_kill if name.endswith((".b2nd", ".safetensors"))]
-    assert len(kept) == KILLED_AT + CASES and all(now[name] == story.after_kill[name] for name in kept)
+    assert len(kept) == KILLED_AT + 2 * CASES and all(now[name] == story.after_kill[name] for name in kept)
     assert len(segmentations(story.work)) == CASES
     before = files(story.work.runs / LOW)
     cascade.prepare(story.work, LOW, HIGH, device="cpu")

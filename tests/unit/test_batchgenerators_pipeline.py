@@ -158,6 +158,8 @@ def test_a_pipeline_can_be_a_function_of_the_users_own() -> None:
     ({"transforms": None}, "takes the options transforms"),
     ({"pipeline": "a:b"}, "takes the options transforms"),
     ({"source_scale": 0.5}, "source_scale from 1"),
+    ({"source_scale": "large"}, "source_scale from 1"),
+    ({"transforms": None, "pipeline": f"{__name__}:own", "speed": 1}, "cannot be built with options .*speed"),
     ({"transforms": None, "pipeline": "nowhere:function"}, "cannot be imported"),
 ])
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:

@@ -8,12 +8,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from autoseg.errors import CasesFailed, RunError
+from autoseg.files.runs import RunFolder
 from autoseg.files.workspace import Workspace
 from autoseg.interrupts import Interrupted, Interrupts
 from autoseg.logs import Silent
@@ -182,8 +184,25 @@ def test_every_process_is_given_one_fold_its_device_and_its_share(tmp_path: Path
                            "--set", "epochs=3", "--name", "mine", "--restart", "--threads", "3"]
     command = made.command(("low", 0), "cpu", 90.4)
     assert command[5:] == ["--config", "low", "--folds", "0", "--device", "cpu", "--set", "epochs=3", "--time-budget", "90s"]
+    begun = made.arranged.records[("low", 0)].model_copy(update={"init": "hash of a model"})
+    RunFolder(Workspace(tmp_path).fold("low", 0)).save_record(begun)
+    made.arranged.records[("low", 0)] = begun
+    assert "--init" not in made.command(("low", 0), "cpu", None)
+    made.wanted = replace(wanted, options=Options(init=Path("model.zip")))
+    assert made.command(("low", 0), "cpu", None)[-2:] == ["--init", "model.zip"]
     assert devices._divided({"A": "1"}, 4) == {"A": "1", "OMP_NUM_THREADS": "1"}
     assert devices._divided({"OMP_NUM_THREADS": "5"}, 2) == {"OMP_NUM_THREADS": "5"}
+
+
+def test_a_process_for_one_fold_does_not_wait_for_others_that_a_launcher_started(tmp_path: Path) -> None:
+    launched = {
+        "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "here", "MASTER_PORT": "1", "SLURM_PROCID": "0",
+        "SLURM_NTASKS": "2", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "7",
+    }
+    assert set(devices._divided(launched, 2)) == {"SLURM_JOB_ID", "OMP_NUM_THREADS"}
+    wanted = Wanted(None, None, None, TrainSpec(), Options(), ())
+    with pytest.raises(RunError, match="WORLD_SIZE says that 2 processes train one fold together"):
+        devices.train_on(Workspace(tmp_path), wanted, ["cpu", "cpu"], launched, Told(), Interrupts())
 
 
 def test_the_next_stage_is_not_begun_where_the_first_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +232,13 @@ def test_devices_are_numbers_or_names_and_all_cuda_devices_by_default(monkeypatc
     assert pick_devices("cpu, cpu", "auto") == ["cpu", "cpu"]
     asked: list[str] = []
     monkeypatch.setattr("autoseg.networks.hardware.pick_device", asked.append)
-    assert pick_devices("0,1,cuda:1", "auto") == ["cuda:0", "cuda:1", "cuda:1"] and asked == ["cuda:0", "cuda:1"]
+    with pytest.raises(RunError, match="'cuda:0' cannot be used here: there is no CUDA device"):
+        pick_devices("0", "auto")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_devices("0,1,cuda:1,cpu", "auto") == ["cuda:0", "cuda:1", "cuda:1", "cpu"]
+    assert asked == ["cpu"], "trying a CUDA device takes memory on it"
+    with pytest.raises(RunError, match="'cuda:2' cannot be used here: there are 2 CUDA devices"):
+        pick_devices("0,2", "auto")
 
 
 @pytest.mark.parametrize(("text", "device", "message"), [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,10 @@ from scipy.special import softmax
 from torch import nn
 
 from autoseg.errors import GeometryError
-from autoseg.inference import Member, Model
+from autoseg.inference import Member, Model, Wishes
+from autoseg.inference.loads import case_load
+from autoseg.inference.memory import CaseLoad
+from autoseg.inference.passes import Passes
 from autoseg.networks.build import build
 from autoseg.networks.describe import describe
 from autoseg.types.case import Image
@@ -135,6 +139,71 @@ def test_folds_are_averaged() -> None:
     (case,) = both.prepare(Image(image, Grid(shape=(8, 8, 8), spacing=(1.0, 1.0, 1.0)), ""))
     logits = both.logits(both.members[0], case)
     assert logits[:, 4, 4, 4].tolist() == pytest.approx([0.25, 2.25, 3.0])  # means of 0.25 and 0.25, 0.75 and 3.75, 0 and 6
+
+
+def test_no_more_than_two_folds_logits_of_a_tile_are_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[int] = []
+    made: list[weakref.ref[torch.Tensor]] = []
+    mirrored = Passes._mirrored
+
+    def watch(self: Passes, *arguments: Any) -> torch.Tensor:
+        alive.append(sum(one() is not None for one in made))
+        made.append(weakref.ref(found := mirrored(self, *arguments)))
+        return found
+
+    monkeypatch.setattr(Passes, "_mirrored", watch)
+    image = Image(np.ones((1, 8, 8, 8), np.float32), Grid(shape=(8, 8, 8), spacing=(1.0, 1.0, 1.0)), "")
+    for uncertainty in (False, True):
+        alive.clear()
+        made.clear()
+        model(tuple(Pointwise(bias) for bias in (0.0, 1.0, 2.0, 3.0)), (8, 8, 8)).predict_image(image, uncertainty=uncertainty)
+        assert alive == [0, 1, 1, 1]
+
+
+def test_a_case_that_fits_in_the_leanest_way_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    many = Labels(foreground=tuple(Label(name=f"l{i}", value=i) for i in range(1, 40)))
+    config = configuration((16, 16, 16))
+    one = Model([Member(plan(many, c=config), "c", (build(describe(config, 1, 40), seed=0),), ())], CPU, "fp32")
+    image = steps_image((1, 40, 32, 32)) + 1
+    grid = Grid(shape=(40, 32, 32), spacing=(1.0, 1.0, 1.0))
+    needed = one.needed_bytes(grid)
+    (case,) = one.prepare(Image(image, grid, ""))
+    plans = [one.plan_memory([case])]
+    monkeypatch.setattr("autoseg.inference.memory.memory_available_bytes", lambda: int(needed / 0.9) + 1)
+    plans.append(one.plan_memory(one.prepare(Image(image, grid, ""))))
+    assert plans[1].half and plans[1].batch == 1 and plans[1].ram_bytes < 0.7 * plans[0].ram_bytes
+    assert one.predict(image).shape == image.shape[1:]
+
+
+def test_reading_is_reckoned_for_every_member() -> None:
+    grid = Grid(shape=(20, 24, 28), spacing=(1.0, 1.0, 1.0))
+    one = model(Pointwise(), (8, 8, 8))
+    two = Model([*one.members, *one.members], CPU, "fp32")
+    assert two.reading_bytes(grid, 1, 2) - one.reading_bytes(grid, 1, 2) == 6 * 20 * 24 * 28
+
+
+def test_what_a_prediction_holds_is_reckoned_by_what_is_asked_for() -> None:
+    stored, shape = (10, 20, 30), (4, 5, 6)
+    voxels, small = 6000, 120
+
+    def made(
+        labels: Labels = ABC, wishes: Wishes = Wishes(), *steps: str, temperature: float = 1.0, networks: int = 1
+    ) -> CaseLoad:
+        member = Member(plan(labels, c=configuration((8, 8, 8))), "c", (Pointwise(),) * networks, (), temperature=temperature)  # type: ignore[arg-type]
+        return case_load([member], [shape], stored, wishes, "fp32", [Spec(kind=step) for step in steps])
+
+    assert made().made_bytes == voxels * (1 + 2), "disk values up to 300"
+    assert made(NESTED).made_bytes == voxels * (1 + 1)
+    assert made(ABC, Wishes(probabilities=True)).made_bytes == voxels * (3 + 12)
+    assert made(ABC, Wishes(uncertainty=True)).made_bytes == voxels * (3 + 8) + small * (16 + 1)
+    assert made(NESTED, Wishes(judged=True)).made_bytes == voxels * 2 + small * (16 + 2)
+    assert made(ABC, Wishes(), "largest_component").made_bytes == voxels * (3 + 10)
+    assert made(ABC, Wishes(), "largest_component", "crf").made_bytes == voxels * (3 + 12 + 12 + 60)
+    both = made(ABC, Wishes(probabilities=True), "threshold", temperature=2.0)
+    assert both.made_bytes == voxels * (3 + 12 + 12 + 10) + small * 12, "probabilities with and without the temperature"
+    assert made().restoring_bytes == (2 + 5) * 4 * 3 * 20 * 30
+    tiles = [made(networks=networks).streams[0].tile_bytes for networks in (1, 2, 5)]
+    assert tiles[1] == tiles[2] == tiles[0] + 4 * 3 * 8**3
 
 
 def test_members_of_different_dimensions_are_averaged() -> None:

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoseg.arrays.tiles import LogitStream, Tiling, gather, gaussian_weight, half_weight, make_tiling
+from autoseg.arrays.tiles import LogitStream, Tiling, gather, gaussian_weight, half_weight, lean_weight, make_tiling
+from autoseg.errors import RunError
 
 Shape = tuple[int, int, int]
 
@@ -116,6 +117,26 @@ def test_parts_are_blended_apart_and_their_mean_is_taken() -> None:
         total = gather(LogitStream(image, tiling, folds[0], 2, half=half))
         total += gather(LogitStream(image, tiling, folds[1], 2, half=half))
         assert together.classes == 3 and torch.equal(gather(together), total.div_(2))
+
+
+@pytest.mark.parametrize("apart", [1, 2])
+def test_logits_too_large_for_float16_are_refused_and_fit_better_where_memory_is_short(apart: int) -> None:
+    image, tiling = torch.full((1, 20, 9, 9), 2e4), make_tiling((20, 9, 9), (8, 8, 8))
+    forward = lambda tiles: tiles.repeat(1, apart, 1, 1, 1)  # noqa: E731
+    with pytest.raises(RunError, match="too large for float16"):
+        gather(LogitStream(image, tiling, forward, 2, half=True, parts=apart))
+    lean = gather(LogitStream(image, tiling, forward, 2, parts=apart, lean=True))
+    assert lean.dtype == torch.float16
+    torch.testing.assert_close(lean, image.half(), rtol=5e-3, atol=0)
+    with pytest.raises(RunError, match="or no numbers"):
+        gather(LogitStream(image * torch.nan, tiling, forward, 2, lean=True, parts=apart))
+
+
+def test_the_lean_weight_tells_small_logits_apart_even_at_corners() -> None:
+    image, tiling = torch.randn(1, 40, 40, 40), make_tiling((40, 40, 40), (32, 32, 32))
+    assert lean_weight((32, 32, 32)).max() == 1
+    lean, whole = (gather(LogitStream(image, tiling, lambda tiles: tiles, 1, lean=lean)) for lean in (True, False))
+    assert (lean.float() - whole).abs().max() < 0.02
 
 
 @pytest.mark.parametrize(("shape", "patch", "size", "expected"), [

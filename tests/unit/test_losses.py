@@ -174,6 +174,7 @@ def test_dice_ce_is_the_sum_and_its_weights_can_be_set() -> None:
     (LossSpec(kind="topk", options={"k": 0}), "found k=0 \\(should be greater than 0\\)"),
     (LossSpec(kind="ce", options={"ce": 1.0}), "loss 'ce' takes no options; found ce=1.0"),
     (LossSpec(kind="no_such_package:Loss"), "loss 'no_such_package:Loss' cannot be imported"),
+    (LossSpec(kind="builtins:sorted", options={"much": 1}), "loss 'builtins:sorted' cannot be made with options {'much': 1}: "),
 ])
 def test_a_loss_that_cannot_be_made_is_a_clear_error(spec: LossSpec, message: str) -> None:
     with pytest.raises(PluginError, match=message):

@@ -183,6 +183,20 @@ def test_the_peak_of_both_passes_is_about_what_the_cpu_allocates(
     assert memory.saved + memory.loss + memory.workspace - before == pytest.approx(peak, rel=0.12)
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("regions", "ignore"), [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("patch", [(16, 16, 16), (32, 64)], ids=["3d", "2d"])
+def test_where_the_loss_has_the_peak_it_is_not_underestimated(
+    patch: tuple[int, ...], regions: bool, ignore: bool, precision: Precision
+) -> None:
+    kind, config = labels(40, regions, ignore), configuration(patch, (4, 8, 8))
+    _, run = step_of(config, kind, precision, channels=1)
+    peak, _ = allocated(lambda: run()[0].backward())
+    memory = training_memory(config, 1, kind.output_count, precision, device="cpu", regions=regions, ignore=ignore)
+    found = (memory.saved + memory.loss + memory.workspace - math.prod(patch) * config.batch_size * (4 + 8)) / peak
+    assert 0.999 < found < 1.35  # the logits are let go before the backward pass here, not where the batch is split
+
+
 @pytest.mark.parametrize("config", WIDE)
 def test_the_peak_of_a_prediction_is_about_what_the_cpu_allocates(config: Configuration) -> None:
     network = build(describe(config, 1, 3), seed=0)

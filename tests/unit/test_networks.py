@@ -10,7 +10,7 @@ from autoseg.errors import PlanError, RunError
 from autoseg.networks import hardware
 from autoseg.networks.build import ConvUnit, build
 from autoseg.networks.describe import Node, convolution_elements, describe, segments
-from autoseg.networks.hardware import autocast, pick_device, pick_precision
+from autoseg.networks.hardware import autocast, is_out_of_memory, pick_device, pick_precision
 from autoseg.planners.rules import activation_elements, features_per_stage
 from autoseg.types.plan import Configuration
 from autoseg.types.record import Spec
@@ -281,3 +281,17 @@ def test_autocast_computes_in_the_precision_asked_for() -> None:
         assert (a @ a).dtype == torch.float32
     with autocast(torch.device("cpu"), "bf16"):
         assert (a @ a).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("error", "expected"), [
+    (torch.OutOfMemoryError("anything"), True),
+    (RuntimeError("CUDA error: out of memory"), True),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"), True),
+    (RuntimeError("GET was unable to find an engine to execute this computation"), True),
+    (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+    (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), False),
+    (ValueError("out of memory"), False),
+])
+def test_a_lack_of_memory_is_known_by_what_torch_says(error: Exception, expected: bool) -> None:
+    assert is_out_of_memory(error) == expected

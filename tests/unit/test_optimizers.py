@@ -72,6 +72,49 @@ def test_what_does_not_fit_is_refused(spec: dict[str, Any], error: type[Exceptio
         make_optimizer(network(), OptimizerSpec.model_validate(spec))
 
 
+class Keeping(torch.optim.SGD):
+    """Keeps numbers in its group and odd things in its state, as schedule-free and learning-rate-free optimisers do."""
+
+    kept: Any = None
+
+    def step(self, closure: Any = None) -> Any:
+        super().step(closure)
+        group = self.param_groups[0]
+        group |= {"k": group.get("k", 0) + 1, "weight_sum": group.get("weight_sum", 0.0) + 0.1, "warm": True, "lr": 0.1}
+        group["weight_decay"] = 0.5 / group["k"]
+        for parameter in group["params"]:
+            self.state[parameter] |= {"first": group["k"] == 1, "nothing": None, "odd": self.kept}
+
+
+def test_numbers_of_its_groups_and_nothing_and_truth_come_back() -> None:
+    one, other = network(), network()
+    first, second = (Keeping(model.parameters(), 0.1) for model in (one, other))
+    go(one, first, 3)
+    restore_optimizer(other, second, optimizer_state(one, first))
+    own, given = ({key: value for key, value in group.items() if key != "params"} for group in
+                  (second.param_groups[0], first.param_groups[0]))
+    assert own == given and own["k"] == 3 and type(own["k"]) is int and own["warm"] is True
+    assert second.state[other.first.weight] == {"first": False, "nothing": None, "odd": None}
+
+
+def test_what_cannot_be_saved_is_told_at_the_first_checkpoint() -> None:
+    model = network()
+    optimizer = Keeping(model.parameters(), 0.1)
+    optimizer.kept = ["a list"]
+    go(model, optimizer, 1)
+    with pytest.raises(PluginError, match="keeps a list as 'odd', which cannot be saved"):
+        optimizer_state(model, optimizer)
+
+
+def test_a_tensor_of_one_number_goes_back_to_where_it_was() -> None:
+    model = network().to("meta")
+    first, second = (torch.optim.SGD(model.parameters(), 0.1) for _ in range(2))
+    parameter = model.first.weight
+    first.state[parameter] = {"there": torch.zeros((), device="meta"), "here": torch.ones(())}
+    restore_optimizer(model, second, optimizer_state(model, first))
+    assert {key: value.device.type for key, value in second.state[parameter].items()} == {"there": "meta", "here": "cpu"}
+
+
 @pytest.mark.parametrize("make", [
     lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True), lambda p: torch.optim.AdamW(p, 0.1, amsgrad=True),
     lambda p: torch.optim.SGD(p, 0.1), lambda p: Counting(p, 0.1, momentum=0.5),

@@ -67,7 +67,7 @@ DIRECTIONS = {
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("orientation", ["LPS", "as_stored"])
+@pytest.mark.parametrize("orientation", ["LPS", "RAS", "as_stored"])
 def test_a_simpleitk_image_gives_one_on_its_own_grid(direction: str, orientation: str) -> None:
     image = sitk.GetImageFromArray(scene())
     image.SetSpacing((0.7, 1.1, 2.5))
@@ -162,6 +162,22 @@ def test_what_is_no_image_is_refused() -> None:
     assert not is_foreign(scene()) and not is_foreign([]) and not is_foreign([scene()])
     with pytest.raises(GeometryError, match=r"trained on 1 channel\(s\)"):
         model().predict(sitk.GetImageFromArray(np.zeros((4, 4, 4, 2), np.float32), isVector=True))
+
+
+@pytest.mark.parametrize("orientation", ["LPS", "RAS", "as_stored"])
+def test_arrays_reach_the_networks_as_they_are_given(orientation: str) -> None:
+    seen: list[torch.Tensor] = []
+
+    class Look(Levels):
+        def forward(self, x: torch.Tensor, head_count: int = 1) -> list[torch.Tensor]:
+            seen.append(x)
+            return super().forward(x)
+
+    net = model(orientation=orientation)
+    net = Model([Member(net.members[0].plan, "c", (Look(),), ())], CPU, "fp32")  # type: ignore[arg-type]
+    array = scene((8, 8, 8)) + 1
+    assert np.array_equal(net.predict(array[None]), by_hand(array))
+    assert np.array_equal(seen[0][0, 0].numpy(), array)
 
 
 def test_several_threads_share_a_model_and_memory_stays_flat() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import weakref
 from collections.abc import Iterator
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -177,6 +179,35 @@ def test_any_layout_of_logits_gives_the_same_labels(order: tuple[int, ...], kind
     wide = torch.zeros(8, 21, 26, 25, dtype=kind)
     wide[1:7, :20, 1:25, 2:24] = logits
     np.testing.assert_array_equal(restore_labels(wide[1:7, :20, 1:25, 2:24], place), expected)
+
+
+def test_an_import_that_failed_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    fails, load = [True], importlib.import_module
+
+    def sometimes(name: str) -> ModuleType:
+        if fails:
+            fails.pop()
+            raise ImportError("another thread is amid the same one")
+        return load(name)
+
+    monkeypatch.setattr(compiled, "_loaded", [])
+    monkeypatch.setattr(importlib, "import_module", sometimes)
+    assert compiled.kernels() is None and compiled.kernels() is not None
+
+
+def test_a_full_disk_does_not_stop_compiled_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    from numba.core.caching import Cache
+
+    monkeypatch.setattr(Cache, "_save_overload", full)
+    monkeypatch.setattr(Cache, "_load_overload", full)
+
+    def twice(x: int) -> int:
+        return 2 * x
+
+    assert scalars.kernel(twice)(21) == 42
 
 
 def test_threads_and_groups_of_planes_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:

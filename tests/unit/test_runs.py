@@ -139,6 +139,45 @@ def test_a_disk_that_does_not_give_back_what_was_written_is_found(tmp_path: Path
     assert found(folder) == 10 and [p.name for p in (tmp_path / "resume").iterdir()] == ["step_000000010"]
 
 
+@pytest.mark.parametrize("renames", range(4))
+def test_a_kill_while_a_step_is_saved_again_leaves_its_first_checkpoint(
+    renames: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path)
+    save(folder, 10)
+    rename, done = runs.os.replace, []
+
+    def kill(*given: Any) -> None:
+        if len(done) == renames:
+            raise KeyboardInterrupt
+        done.append(rename(*given))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runs.os, "replace", kill)
+        with pytest.raises(KeyboardInterrupt):
+            save(folder, 10)
+    assert found(folder) == 10
+    save(folder, 20)
+    assert found(folder) == 20 and not list((tmp_path / "resume").glob(".*"))
+
+
+def test_weights_that_the_disk_does_not_give_back_finish_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = RunFolder(tmp_path)
+    save(folder, 10)
+    folder.save_record(record())
+    write = runs.save_tensors
+
+    def forgetful(path: Path, *given: Any) -> str:
+        written = write(path, *given)
+        flip(path)
+        return written
+
+    monkeypatch.setattr(runs, "save_tensors", forgetful)
+    with pytest.raises(RunError, match="does not hold what was just written to it: the disk is failing"):
+        folder.save_weights(tensors(5), 1000)
+    assert not folder.finished and found(folder) == 10 and not list(tmp_path.glob(".*"))
+
+
 @pytest.mark.parametrize("moment", ["save_tensors", "write_text", "mkdir"])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_leaves_the_older_checkpoint_and_nothing_torn(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -248,6 +251,25 @@ def test_loading_leaves_the_cases_as_they_are() -> None:
     load(0, stop=15)
     for one, (image, label) in zip(THREE, before, strict=True):
         assert np.array_equal(one.image_czyx, image) and np.array_equal(one.label_zyx, label)
+
+
+def test_where_the_device_lacks_memory_beside_a_step_the_batch_is_made_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = Loader(recipes(THREE), (False,), torch.device("cpu"), 0, 3)
+    expected = next(iter(loader.batches(TRAINING, 0, 1)))
+    finish, failed = loader._finish, []
+
+    def failing(made: Any) -> Any:
+        if not failed:
+            failed.append(1)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return finish(made)
+
+    monkeypatch.setattr(loader, "_finish", failing)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    reading: Future[Any] = Future()
+    reading.set_result(loader._read(TRAINING, 0, None))
+    batch = loader._received(loader._send(reading))
+    assert failed and torch.equal(batch.image, expected.image) and batch.cases == expected.cases
 
 
 @pytest.mark.parametrize("threads", [0, 2])

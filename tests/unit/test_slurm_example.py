@@ -44,6 +44,17 @@ while true; do sleep 0.05; done""")
     assert (tmp_path / "queue").read_text() == "requeue 42\n"
 
 
+def test_a_launcher_that_ends_with_another_code_after_the_signal_goes_back_into_the_queue_too(tmp_path: Path) -> None:
+    child = job(tmp_path, f"trap 'exit 1' TERM\ntouch {tmp_path}/begun\nwhile true; do sleep 0.05; done")
+    limit = time.monotonic() + 20
+    while not (tmp_path / "begun").exists() and time.monotonic() < limit:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    child.send_signal(signal.SIGTERM)
+    child.communicate(timeout=20)
+    assert child.returncode == 1 and (tmp_path / "queue").read_text() == "requeue 42\n"
+
+
 @pytest.mark.parametrize("code", [0, 2, 3])
 def test_another_end_is_the_jobs_end(tmp_path: Path, code: int) -> None:
     child = job(tmp_path, f"exit {code}")

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from autoseg.arrays.tiles import gaussian_weight, make_tiling, sliding_window, starts_along
@@ -29,6 +29,14 @@ def test_starts_begin_at_zero_end_flush_and_leave_no_gap_and_no_tile_twice(size:
     assert starts[0] == 0 and starts[-1] == max(0, size - patch)
     steps = np.diff(starts)
     assert (steps >= 1).all() and (steps <= max(1, patch / 2 + 1)).all()
+
+
+@given(size=st.integers(1, 2000), patch=st.integers(1, 130))
+@example(size=897, patch=20)
+def test_halves_are_rounded_as_nnunet_does(size: int, patch: int) -> None:
+    starts = starts_along(size, patch)
+    distance = max(0, size - patch) / max(1, len(starts) - 1)
+    assert starts == [int(np.round(distance * i)) for i in range(len(starts))]
 
 
 @given(shape=SHAPES, patch=SHAPES)

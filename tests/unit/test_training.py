@@ -531,6 +531,44 @@ class TestCompilation:
             [] if moment == "at once" else ["training goes on without compilation, which failed: no compiler here"])
         assert all(torch.equal(value, plain.weights()[name]) for name, value in training.weights().items())
 
+    def test_growing_patches_are_compiled_only_at_their_planned_size(self, forced: None, monkeypatch: pytest.MonkeyPatch) -> None:
+        compiled: list[tuple[int, ...]] = []
+
+        def wrap(network: torch.nn.Module, **options: Any) -> Any:
+            return lambda image, heads: compiled.append(tuple(image.shape[2:])) or network(image, heads)
+
+        monkeypatch.setattr(torch, "compile", wrap)
+        growth = {"kind": "grow", "options": {"stages": 2}}
+        training = Training(job(patch=(32, 32), growth=growth, steps_per_epoch=4))
+        seen: list[tuple[int, ...]] = []
+        training.network.register_forward_pre_hook(lambda module, given: seen.append(tuple(given[0].shape[2:])))
+        epochs(training)
+        assert len(set(seen)) > 1 and set(compiled) == {(32, 32)}
+
+    def test_a_process_may_compile_more_shapes_than_torch_would(self) -> None:
+        from torch._dynamo import config
+
+        from autoseg.trainers.forward import COMPILED_SHAPES, Forward
+
+        Forward(torch.nn.Identity(), True)
+        limits = [getattr(config, name, COMPILED_SHAPES) for name in ("recompile_limit", "cache_size_limit")]
+        assert min(limits) >= COMPILED_SHAPES
+
+    def test_a_users_error_in_the_loss_is_not_called_a_failed_compilation(
+        self, forced: None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def loss(*given: Any) -> torch.Tensor:
+            calls.append(1)
+            raise PluginError("spacing needs 2 positive numbers")
+
+        calls: list[int] = []
+        monkeypatch.setattr(torch, "compile", lambda network, **options: network)
+        training = Training(job())
+        training.loss = loss  # type: ignore[method-assign]
+        with pytest.raises(PluginError, match="spacing needs 2"):
+            epochs(training)
+        assert len(calls) == 1 and training.forward.compiled and not training.notices
+
     def test_errors_of_an_uncompiled_network_are_not_swallowed(self) -> None:
         training = Training(job())
         training.network.forward = lambda *given: 1 / 0  # type: ignore[method-assign, assignment]

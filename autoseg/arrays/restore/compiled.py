@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -23,14 +25,19 @@ _PARTS = 4  # pieces of work for each thread
 Task = Callable[[], None]
 
 
-@lru_cache(maxsize=1)
+_loading = threading.Lock()
+_loaded: list[ModuleType] = []  # only what was loaded is kept: an import can fail while another thread is amid the same one
+
+
 def kernels() -> ModuleType | None:
     """The compiled loops, or None where they cannot be had."""
-    try:
-        from autoseg.arrays.restore import kernels as module
-    except (ImportError, RuntimeError):  # no numba, or no folder for what it compiles
-        return None
-    return module
+    with _loading:
+        if not _loaded:
+            try:
+                _loaded.append(importlib.import_module("autoseg.arrays.restore.kernels"))
+            except (ImportError, RuntimeError, OSError):  # no numba, or no folder for what it compiles
+                return None
+        return _loaded[0]
 
 
 def compiled_planes(job: Job, threads: int) -> Iterator[RestoredPlane]:

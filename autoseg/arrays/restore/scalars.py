@@ -6,6 +6,7 @@ int16 is float16 as bits and uint16 bfloat16 as bits, read without a copy.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -26,8 +27,22 @@ _LEAST, _MOST = np.float32(-87), np.float32(88)
 
 
 def kernel(function: F) -> F:
-    """Compile a function when it is first called, and keep what was compiled on disk."""
-    return cast(F, njit(cache=True, nogil=True)(function))
+    """Compile a function when it is first called, and keep what was compiled on disk where that is possible."""
+    compiled: Any = njit(cache=True, nogil=True)(function)
+    cache = compiled._cache
+    cache.save_overload, cache.load_overload = _or_nothing(cache.save_overload), _or_nothing(cache.load_overload)
+    return cast(F, compiled)
+
+
+def _or_nothing(work: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, but a disk that is full or cannot be read is no reason to fail."""
+
+    def attempt(*arguments: Any) -> Any:
+        with suppress(OSError):
+            return work(*arguments)
+        return None
+
+    return attempt
 
 
 def as_float(flat: Numbers, i: Int) -> Real:
