@@ -62,6 +62,8 @@ class Network(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
+        if next(self.parameters()).is_meta:  # there is nothing to initialise, and trying would import torch's compiler
+            return
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.ConvTranspose3d):
                 nn.init.kaiming_normal_(module.weight, a=SLOPE)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
@@ -113,7 +113,7 @@ def predict_cases(work: Work, todo: Sequence[CaseFiles], reporter: Reporter, nam
             del ready, decided
             if upcoming is not None and not ahead:
                 if writing is not None:
-                    writing[1].result()
+                    wait([writing[1]])
                     give_back()
                 reading = reader.submit(_attempt, _read, work, upcoming)
             task.advance(note=case.case)
@@ -125,10 +125,13 @@ def predict_cases(work: Work, todo: Sequence[CaseFiles], reporter: Reporter, nam
             settle(case, _attempt(_whole, work, case), alone=True)
             give_back()
     if failed:
-        lines = "\n".join(f"  {case}: {why}" for case, why in failed.items())
-        raise CasesFailed(
-            f"{len(failed)} of {len(todo)} cases failed, the rest is done (see {work.folder.path / 'summary.csv'}):\n{lines}"
-        )
+        raise _cases_failed(work, failed, len(todo))
+
+
+def _cases_failed(work: Work, failed: Mapping[str, str], count: int) -> CasesFailed:
+    lines = "\n".join(f"  {case}: {why}" for case, why in failed.items())
+    summary = work.folder.path / "summary.csv"
+    return CasesFailed(f"{len(failed)} of {count} cases failed, the rest is done (see {summary}):\n{lines}")
 
 
 def _warm(model: Model) -> None:

@@ -136,7 +136,7 @@ import sys
 import numpy as np, torch
 from pathlib import Path
 torch.set_num_threads(1)
-from autoseg.inference import Limits, Member, Model
+from autoseg.inference import Limits, Member, Model, memory
 from autoseg.inference.memory import resident_bytes
 from autoseg.networks.build import build
 from autoseg.networks.describe import describe
@@ -154,6 +154,7 @@ labels = Labels(foreground=tuple(Label(name=f"l{i}", value=i) for i in range(1, 
 plan = Plan(dataset_name="x", planner="default", gpu_memory_gb=8, transpose_forward=(0, 1, 2), channels=("CT",), labels=labels,
             intensities=(), configurations={"c": configuration})
 network = build(describe(configuration, 1, CLASSES), seed=0)
+memory._LEAST_MARGIN = 0  # it would hide what is reckoned wrongly
 def model(gb):
     return Model([Member(plan, "c", (network,), ())], torch.device("cpu"), "fp32", limits=Limits.of_gb(gb, None))
 def image(size):
@@ -174,7 +175,7 @@ print(peak() <= limit, round((peak() - limit) / 2**20), "MiB")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="measures with /proc")
-@pytest.mark.parametrize(("room_mb", "says"), [(310, "fits"), (200, "refused")])
+@pytest.mark.parametrize(("room_mb", "says"), [(130, "fits"), (40, "refused")])
 def test_a_case_stays_within_its_limit_or_is_refused(room_mb: int, says: str) -> None:
     """Whole logits of this case would take 180 MiB in float32."""
     done: Any = subprocess.run([sys.executable, "-c", PEAK, str(room_mb)], capture_output=True, text=True, timeout=120)
