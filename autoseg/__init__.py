@@ -49,6 +49,8 @@ def load(
 ) -> Model:
     """Load a model file, or the selected networks of a work folder, for prediction from Python.
 
+    Threads that share it each plan with the memory that is free when they begin; where that is short they should take turns.
+
     Args:
         path: what `autoseg pack` wrote, or a work folder.
         device: auto, cpu, cuda, cuda:1 or mps.

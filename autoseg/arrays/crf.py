@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import gaussian_filter, map_coordinates
 
 from autoseg.arrays.components import bounding_box
 from autoseg.types.record import Record
@@ -50,6 +49,8 @@ class _BilateralGrid:
         self.size = values.shape
 
     def _blur(self, flat: Floats) -> Floats:
+        from scipy.ndimage import gaussian_filter, map_coordinates
+
         grid = np.bincount(self.cell, flat, int(np.prod(self.shape))).reshape(self.shape).astype(np.float32)
         blurred = gaussian_filter(grid, 1.0, mode="constant", truncate=2.5)
         return np.asarray(map_coordinates(blurred, self.at, order=1, mode="nearest", prefilter=False), np.float32)
@@ -69,6 +70,8 @@ def dense_crf(
     Only the box around voxels with at least 1 % foreground, and `bilateral_mm` around it, is worked on. Each step blurs every
     class twice: about 0.1 microseconds per voxel of the box, class and step on one core (128 cubed, 3 classes: 3.6 s).
     """
+    from scipy.ndimage import gaussian_filter
+
     result = np.array(probabilities_czyx, np.float32)
     box = bounding_box(result[0] < 1 - UNSURE)
     if box is None:

@@ -9,6 +9,7 @@ import sys
 from typing import NoReturn
 
 # isort: off
+from autoseg.cli import blas  # noqa: F401  (before numpy)
 from autoseg.cli import planning, networks, evidence, models  # noqa: F401  (they add their commands, in this order)
 
 # isort: on

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from autoseg.errors import AutosegError, DatasetError
+from autoseg.files.sizes import NoRoomError
 
 # What Python code raises when a damaged structure trips it; these messages say nothing to a user.
 _STUMBLES = (TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, RecursionError, struct.error)
@@ -24,7 +25,7 @@ def reading(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise DatasetError(f"{path} does not exist") from None
     except MemoryError:
-        raise DatasetError(f"{path} cannot be read: there is not enough memory for it") from None
+        raise NoRoomError(f"{path} cannot be read: there is not enough memory for it") from None
     except Exception as error:  # decoders that meet hostile data raise whatever they like
         raise DatasetError(f"{path} cannot be read: {_reason(error)}; copy or export it again") from None
 

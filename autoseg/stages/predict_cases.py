@@ -19,7 +19,7 @@ from autoseg.files.masks import MaskFolder
 from autoseg.logs import Reporter
 from autoseg.stages.judge import Judge
 from autoseg.types.dataset import CaseFiles
-from autoseg.types.geometry import Grid
+from autoseg.types.geometry import Grid, Shape
 from autoseg.types.labels import Labels
 from autoseg.types.trust import CaseNumbers, TrainingCases
 
@@ -89,11 +89,12 @@ def predict_cases(work: Work, todo: Sequence[CaseFiles], reporter: Reporter, nam
         ThreadPoolExecutor(1, "writer") as writer,
         reporter.task(name, len(todo)) as task,
     ):
-        writer.submit(_warm, work.model)
         writing: tuple[CaseFiles, Future[str | _Failed]] | None = None
         reading: Future[_Ready | _Failed] = reader.submit(_attempt, _read, work, todo[0])
         for case, upcoming in zip(todo, [*todo[1:], None], strict=True):
             ready = reading.result()
+            if case is todo[0] and isinstance(ready, _Ready):
+                writer.submit(_warm, work.model, ready.grid.shape)
             plan = ready if isinstance(ready, _Failed) else _attempt(_plan, work, ready, upcoming)
             ahead = isinstance(plan, _Failed) or plan.read_ahead
             if upcoming is not None and ahead:
@@ -134,11 +135,12 @@ def _cases_failed(work: Work, failed: Mapping[str, str], count: int) -> CasesFai
     return CasesFailed(f"{len(failed)} of {count} cases failed, the rest is done (see {summary}):\n{lines}")
 
 
-def _warm(model: Model) -> None:
-    """Load what restoring is compiled with while the first case is read and computed."""
-    if model.device.type == "cpu":
-        from autoseg.arrays.restore.compiled import kernels
+def _warm(model: Model, shape: Shape) -> None:
+    """Load what restoring is compiled with while the first case is computed, where it will be used."""
+    from autoseg.arrays.restore.compiled import kernels
+    from autoseg.arrays.restore.ensemble import worth_compiling
 
+    if model.device.type == "cpu" and worth_compiling(shape, len(model.members) * model.labels.output_count):
         kernels()
 
 

@@ -186,7 +186,7 @@ def test_several_threads_share_a_model_and_memory_stays_flat() -> None:
     images = [np.random.default_rng(seed).normal(size=(1, 14 + seed % 3, 20, 17)).astype(np.float32) for seed in range(6)]
     alone = [net.predict(image) for image in images]
     assert len({int(label.sum()) for label in alone}) > 1
-    jobs = [index % len(images) for index in range(36)]
+    jobs = [index % len(images) for index in range(100)]
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda i: net.predict(images[i]), jobs))  # threads keep caches of their own
         gc.collect()

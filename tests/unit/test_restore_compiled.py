@@ -45,6 +45,12 @@ def blobs(classes: int, shape: Shape, seed: int = 0) -> torch.Tensor:
     return torch.from_numpy(values.astype(np.float32))
 
 
+@pytest.fixture(autouse=True)
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small volumes use the compiled loops too."""
+    monkeypatch.setattr(ensemble, "COMPILED_FROM", 0)
+
+
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """Where numba cannot be had."""
@@ -275,3 +281,8 @@ def test_rounding_to_float16_and_the_power_of_e_are_those_of_numpy() -> None:
         np.testing.assert_array_equal(half, values.astype(np.float16).astype(np.float32))
     usual = np.abs(values) < 87
     np.testing.assert_allclose(exp[usual], np.exp(values[usual].astype(np.float64)), rtol=5e-7)
+
+
+def test_small_volumes_do_without_compiled_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ensemble, "COMPILED_FROM", 4_000_000)
+    assert not ensemble.worth_compiling((35, 50, 35), 3) and ensemble.worth_compiling((120, 256, 256), 25)

@@ -16,6 +16,8 @@ from autoseg.arrays.restore.plain import plain_planes
 from autoseg.arrays.restore.sources import Job, LogitSource, Member, Regions, RestoredPlane, WholeLogits
 from autoseg.types.case import Placement
 
+COMPILED_FROM = 4_000_000  # voxels times channels
+
 
 def restore_planes(
     members: Sequence[tuple[Tensor | LogitSource, Placement]], region_values: Regions = None, with_probabilities: bool = False,
@@ -82,7 +84,14 @@ def restore_probabilities(
 
 def _run(job: Job) -> Iterator[RestoredPlane]:
     in_memory = all(member.source.device.type == "cpu" for member in job.members)
-    return compiled_planes(job, torch.get_num_threads()) if in_memory and kernels() is not None else plain_planes(job)
+    large = worth_compiling(job.size, len(job.members) * job.classes)
+    compiled = in_memory and large and kernels() is not None
+    return compiled_planes(job, torch.get_num_threads()) if compiled else plain_planes(job)
+
+
+def worth_compiling(shape: Sequence[int], channels: int) -> bool:
+    """Whether a volume of so many voxels and channels of logits wins back what loading the compiled loops takes (0.5 s)."""
+    return math.prod(shape) * channels >= COMPILED_FROM
 
 
 def _job(
