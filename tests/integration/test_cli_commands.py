@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -112,3 +113,11 @@ def test_the_demonstration_runs_from_nothing_to_a_picture(cli, monkeypatch, tmp_
     before = cli.states(tmp_path / "demo" / "masks") | cli.states(tmp_path / "demo" / "work" / "runs")
     cli.call("demo", "--out", tmp_path / "demo", "--kind", kind).ok()
     assert cli.states(tmp_path / "demo" / "masks") | cli.states(tmp_path / "demo" / "work" / "runs") == before
+
+
+def test_numpy_is_told_to_use_one_thread_before_it_is_imported():
+    code = "import autoseg.cli, os, sys; names = list(sys.modules); print(os.environ['OPENBLAS_NUM_THREADS'], " \
+        "'numpy' not in names or names.index('autoseg.cli.blas') < names.index('numpy'))"
+    environment = {key: value for key, value in os.environ.items() if key != "OPENBLAS_NUM_THREADS"}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["1", "True"]
