@@ -13,7 +13,10 @@ from autoseg.types.run import TrainSpec
 # What each preset sets before --set does; run.json holds the resolved values
 PRESETS: dict[str, tuple[str, ...]] = {
     "standard": (),
-    "quick": ("epochs=100", "growth.kind=grow", "ema=0.99", "schedule.warmup=0.02"),
+    "quick": (  # on hippocampus it begins to learn at once, where SGD waits for 50 to 250 steps (tests/benchmarks/LOG.md)
+        "epochs=100", "optimizer.kind=adamw", "optimizer.lr=0.001", "optimizer.weight_decay=0.01", "schedule.kind=cosine",
+        "schedule.warmup=0.05", "growth.kind=grow", "growth.options.start=0.6",
+    ),
 }
 
 
