@@ -276,16 +276,3 @@ def gather(source: Planes) -> Tensor:
         whole[:, low : low + _GATHERED] = planes
     assert whole is not None
     return whole
-
-
-def sliding_window(
-    image: Tensor,
-    tiling: Tiling,
-    forward: Callable[[Tensor], Tensor],
-    batch: int,
-    advance: Callable[[int], None] = lambda n: None,
-    store: torch.device | None = None,
-    half: bool = False,
-) -> Tensor:
-    """Whole blended logits (classes, z, y, x); see `LogitStream`."""
-    return gather(LogitStream(image, tiling, forward, batch, advance, store, half))

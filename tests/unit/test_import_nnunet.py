@@ -14,7 +14,7 @@ import torch
 
 from autoseg.arrays.resample import resample_image
 from autoseg.arrays.restore import restore_ensemble
-from autoseg.arrays.tiles import gaussian_weight, half_weight, make_tiling, sliding_window
+from autoseg.arrays.tiles import LogitStream, gather, gaussian_weight, half_weight, make_tiling
 from autoseg.errors import AutosegError, DatasetError, PlanError, RunError
 from autoseg.networks.describe import describe
 from autoseg.networks.limits import tensor_shapes
@@ -279,7 +279,7 @@ def test_half_precision_is_rounded_after_every_tile() -> None:
     tiling = make_tiling(shape, patch)
     tiles = [torch.randn(2, *patch, generator=torch.Generator().manual_seed(i)) for i in range(len(tiling.starts))]
     said = iter(tiles)
-    found = sliding_window(torch.zeros(1, *shape), tiling, lambda t: next(said)[None], 1, half=True)
+    found = gather(LogitStream(torch.zeros(1, *shape), tiling, lambda t: next(said)[None], 1, half=True))
     weight = (10 * gaussian_weight(patch)).half()
     weight[weight == 0] = weight[weight > 0].min()
     total, norm = np.zeros((2, *shape), np.float16), np.zeros(shape, np.float16)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from autoseg.arrays.tiles import gaussian_weight, make_tiling, sliding_window, starts_along
+from autoseg.arrays.tiles import LogitStream, gather, gaussian_weight, make_tiling, starts_along
 
 SHAPES = st.tuples(*[st.integers(1, 24)] * 3)
 
@@ -53,6 +53,11 @@ def test_the_padded_image_holds_the_image_in_its_middle_and_every_tile(
         covered[tuple(slice(s, s + p) for s, p in zip(start, patch, strict=True))] += 1
     assert covered.min() >= 1
     assert len(set(tiling.starts)) == len(tiling.starts)
+
+
+def sliding_window(image, tiling, forward, batch, **options):
+    """Whole blended logits (classes, z, y, x)."""
+    return gather(LogitStream(image, tiling, forward, batch, **options))
 
 
 def test_a_2d_patch_visits_each_slice_once() -> None:
@@ -122,7 +127,7 @@ def test_progress_counts_every_tile_and_batches_are_no_larger_than_asked() -> No
         return tiles
 
     tiling = make_tiling((20, 20, 20), (8, 8, 8))
-    sliding_window(torch.zeros(1, 20, 20, 20), tiling, forward, 5, counts.append)
+    sliding_window(torch.zeros(1, 20, 20, 20), tiling, forward, 5, advance=counts.append)
     assert sum(counts) == len(tiling.starts) and counts == sizes and set(sizes) == {4}, "16 of each z, as evenly as can be"
 
 
