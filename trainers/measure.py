@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from autoseg.errors import RunError
-from autoseg.files.machine import memory_kept
+from autoseg.files.allocator import memory_kept
 from autoseg.networks.hardware import is_out_of_memory, peak_memory_bytes, reset_peak
 from autoseg.trainers.default import Job, Training
 from autoseg.trainers.sampling import TRAINING

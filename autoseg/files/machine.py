@@ -182,29 +182,3 @@ def for_each(
             yield futures[future], future.result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-@contextmanager
-def memory_kept() -> Iterator[None]:
-    """Inside, what is freed stays with this process for the next step, where the C library is glibc; elsewhere nothing changes.
-
-    By its default glibc returns large blocks to the system at once, and the system clears every page that is asked for again: 12
-    % of a training step on a processor. At the end what is free is given back.
-    """
-    import ctypes
-
-    mmap_most, trim_from = -4, -1  # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
-    try:
-        library = ctypes.CDLL(None)
-        change, give_back = library.mallopt, library.malloc_trim
-    except (OSError, AttributeError, TypeError):
-        yield
-        return
-    change(mmap_most, 0)
-    change(trim_from, (1 << 31) - 1)
-    try:
-        yield
-    finally:
-        change(mmap_most, 65536)
-        change(trim_from, 128 << 10)
-        give_back(0)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import math
 import os
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 from autoseg.arrays.tiles import Tiling
@@ -17,6 +15,7 @@ GB = 2**30
 _MARGIN, _LEAST_MARGIN = 0.04, 192 << 20  # of a limit: what threads, allocators and libraries take beside what is reckoned
 _SHARED = 0.1  # of free memory: other processes take some meanwhile
 _SLAB = 3  # planes of logits beside the open ones, in the hands of restoring
+_KEPT = 2  # times the network's work: what stays in pieces when freed memory is kept
 _FLOAT, _HALF = 4, 2
 
 
@@ -87,7 +86,8 @@ class CaseLoad:
 class MemoryPlan:
     """How a case is computed: tiles at once, float16 or float32 logits, where they lie, whether the next case is read meanwhile.
 
-    `ram_bytes` and `gpu_bytes` are what it takes beside what is held already.
+    `ram_bytes` and `gpu_bytes` are what it takes beside what is held already. `keep` says that memory which a tile frees may stay
+    with the process for the next tile, which is faster and takes more.
     """
 
     batch: int
@@ -96,6 +96,7 @@ class MemoryPlan:
     read_ahead: bool
     ram_bytes: int
     gpu_bytes: int = 0
+    keep: bool = False
 
 
 def plan_memory(load: CaseLoad, batch: int, free_ram: int, free_gpu: int | None = None, next_bytes: int = 0) -> MemoryPlan:
@@ -115,7 +116,7 @@ def plan_memory(load: CaseLoad, batch: int, free_ram: int, free_gpu: int | None 
     places = (True,) if free_gpu is None else (True, False)
     least: MemoryPlan | None = None
     for on_device, half, ahead, size in itertools.product(places, (False, True), (True, False), sizes):
-        plan = _reckon(load, size, half, on_device, ahead, next_bytes, free_gpu is not None)
+        plan = _reckon(load, size, half, on_device, ahead, next_bytes, free_gpu is not None, free_ram)
         if plan.ram_bytes <= free_ram and (free_gpu is None or plan.gpu_bytes <= free_gpu):
             return plan
         least = plan
@@ -133,7 +134,7 @@ def least_bytes(load: CaseLoad, gpu: bool) -> int:
 
 
 def _reckon(
-    load: CaseLoad, batch: int, half: bool, on_device: bool, ahead: bool, next_bytes: int, gpu: bool
+    load: CaseLoad, batch: int, half: bool, on_device: bool, ahead: bool, next_bytes: int, gpu: bool, free_ram: int = 0
 ) -> MemoryPlan:
     held = sum(stream.held_bytes(batch, half) for stream in load.streams)
     work = max(stream.tile_bytes * batch for stream in load.streams)  # where tiles are few, mirrored copies fill the batch
@@ -143,7 +144,7 @@ def _reckon(
         ram += 0 if on_device else held + batch * max(stream.logit_bytes for stream in load.streams)
     else:
         ram += held + work
-    return MemoryPlan(batch, half, on_device, ahead, ram, card)
+    return MemoryPlan(batch, half, on_device, ahead, ram, card, not gpu and ram + _KEPT * work <= free_ram)
 
 
 def reading_bytes(voxels: int, channels: int, itemsize: int, finer: float) -> int:
@@ -160,19 +161,3 @@ def resident_bytes() -> int:
     except (OSError, ValueError, IndexError):
         return 0
     return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-@lru_cache(maxsize=1)
-def _trim() -> ctypes._NamedFuncPointer | None:
-    try:
-        return ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError, TypeError):  # only glibc has it
-        return None
-
-
-def give_back() -> None:
-    """Return memory that was freed to the system, which glibc otherwise keeps in pieces after large cases."""
-    trim = _trim()
-    if trim is not None:
-        trim(0)
-

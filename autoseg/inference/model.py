@@ -6,6 +6,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, overload
 
 import numpy as np
@@ -20,6 +21,7 @@ from autoseg.arrays.preprocess import preprocess
 from autoseg.arrays.restore import LogitSource, WholeLogits
 from autoseg.arrays.tiles import LogitStream, gather
 from autoseg.errors import DatasetError, GeometryError
+from autoseg.files.allocator import memory_kept
 from autoseg.inference.foreign import from_foreign, is_foreign, to_foreign
 from autoseg.inference.loads import case_load, is_exact, network_grid, tiling_of
 from autoseg.inference.memory import CaseLoad, Limits, MemoryPlan, least_bytes, plan_memory, reading_bytes
@@ -221,10 +223,11 @@ class Model:
         """
         begin = time.perf_counter()
         chosen = self.plan_memory(prepared, wishes) if plan is None else plan
-        streams = [self.stream(member, case, chosen, wishes.gauged, advance)
-                   for member, case in zip(self.members, prepared, strict=True)]
-        before = time.perf_counter() - begin  # the previous stages
-        found = self.settle(streams, [case.placement for case in prepared], wishes)
+        with memory_kept() if chosen.keep else nullcontext():
+            streams = [self.stream(member, case, chosen, wishes.gauged, advance)
+                       for member, case in zip(self.members, prepared, strict=True)]
+            before = time.perf_counter() - begin  # the previous stages
+            found = self.settle(streams, [case.placement for case in prepared], wishes)
         network = before + sum(stream.seconds for stream in streams)
         return dataclasses.replace(found, seconds={"network": network, "restore": time.perf_counter() - begin - network})
 

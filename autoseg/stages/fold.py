@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from autoseg.errors import AutosegError, RunError
-from autoseg.files.machine import memory_kept
+from autoseg.files.allocator import memory_kept
 from autoseg.files.runs import FULL, DiskFull, RunFolder, disk_is_full
 from autoseg.interrupts import Interrupts
 from autoseg.logs import Reporter

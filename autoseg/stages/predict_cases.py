@@ -68,7 +68,7 @@ def predict_cases(work: Work, todo: Sequence[CaseFiles], reporter: Reporter, nam
     Raises:
         CasesFailed: some cases failed; they are listed, the rest is done.
     """
-    from autoseg.inference.memory import give_back
+    from autoseg.files.allocator import give_back
 
     failed: dict[str, str] = {}
     short: list[CaseFiles] = []  # out of memory while others were in work: tried once more alone

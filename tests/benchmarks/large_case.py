@@ -1,12 +1,12 @@
 """One large case with many classes under a limit on memory: does it finish, and what does it take?
 
     python tests/benchmarks/large_case.py --peer VENV --scratch DIR --model FOLDER
-        [--shape 800,512,512] [--classes 40] [--limit 8] [--who ours,peer] [--timeout 3600]
+        [--shape 800,512,512] [--classes 40] [--limit 8] [--who ours,peer] [--timeout 3600] [--steps 40]
 
-`FOLDER` is a trained nnU-Net results folder, whose plans are altered: a thin network (8 to 64 features, random but fixed
-weights), patches of 64 x 128 x 128, no resampling. The limit is a control group inside this process's own, where one can be made;
-else a watchman ends everything once the sum over the tree of resident memory passes it. Ours is told `--max-ram`, the peer has
-no such flag. The peak is of the whole tree, sampled (RSS, and PSS, which counts shared pages once).
+`FOLDER` is a trained nnU-Net results folder, whose plans are altered: a thin network (8 to 64 features, trained for
+`steps` on drawn organs), patches of 64 x 128 x 128, no resampling. The limit is a control group inside this process's own, where
+one can be made; else a watchman ends everything once the sum over the tree of resident memory passes it. Ours is told
+`--max-ram`, the peer has no such flag. The peak is of the whole tree, sampled (RSS, and PSS, which counts shared pages once).
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def limited(command: Sequence[str], environment: dict[str, str], log: Path, limi
                     except ProcessLookupError:
                         continue
                 process.wait()
-            time.sleep(0.2)
+            time.sleep(0.5)
         guard = "watchman" if folder is None else "control group"
         if folder is not None:
             for name in ("memory.failcnt", "memory.events"):
@@ -103,13 +103,14 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=8.0, help="GB of 2**30 bytes")
     parser.add_argument("--who", default="ours,peer")
     parser.add_argument("--timeout", type=float, default=3600)
+    parser.add_argument("--steps", type=int, default=40, help="of training, so that there is more than one class in the mask")
     given = parser.parse_args()
     from autoseg.stages.import_nnunet import import_nnunet
 
     folder, images = given.scratch / f"thin{given.classes}" / given.model.name, given.scratch / f"ct_{given.shape}"
     if not (folder / "fold_0" / "checkpoint_final.pth").exists():
         shutil.rmtree(folder, ignore_errors=True)
-        thin_model(folder, given.model, 0, given.classes, PATCH, SPACING)
+        thin_model(folder, given.model, given.steps, given.classes, PATCH, SPACING)
         import_nnunet(folder, given.scratch / f"thin{given.classes}" / "model.autoseg")
     if not images.exists():
         images.mkdir(parents=True)

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from accuracy_in_time import CONFIGURATION, NAME, prepare_peer
 
-from autoseg.files.machine import memory_kept
+from autoseg.files.allocator import memory_kept
 from autoseg.files.preprocessed import open_case
 from autoseg.files.workspace import Workspace
 from autoseg.networks.describe import describe

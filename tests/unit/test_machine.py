@@ -140,17 +140,3 @@ def test_items_run_one_after_another_when_memory_allows_only_one(monkeypatch: py
 
     list(for_each(range(6), work, 4, lambda item: 60))
     assert most[0] == 1
-
-
-def test_memory_is_kept_inside_and_computing_goes_on_outside() -> None:
-    import numpy as np
-
-    with machine.memory_kept():
-        inside = [float(np.ones(3_000_000).sum()) for _ in range(3)]
-    assert inside == [3e6] * 3 and float(np.ones(3_000_000).sum()) == 3e6
-
-
-def test_another_c_library_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ctypes.CDLL", lambda name: object())
-    with machine.memory_kept():
-        pass

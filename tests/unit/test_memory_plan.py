@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from autoseg.arrays.tiles import make_tiling
+from autoseg.files.allocator import give_back
 from autoseg.files.machine import slurm_limit_bytes
 from autoseg.inference import memory
 from autoseg.inference.memory import (
@@ -16,7 +17,6 @@ from autoseg.inference.memory import (
     Limits,
     MemoryPlan,
     StreamLoad,
-    give_back,
     least_bytes,
     plan_memory,
     reading_bytes,
@@ -32,8 +32,15 @@ HELD = (16 + 3) * 64 * 64 * 32 * 4  # open planes and those being restored, chan
 
 def test_with_room_for_everything_nothing_is_given_up() -> None:
     plan = plan_memory(LOAD, 2, 1 << 40, None, 7 * MB)
-    assert plan == MemoryPlan(2, False, True, True, 10 * MB + 7 * MB + (HELD + 64 * 64 * 32 * 4 * 8) + 100 * MB)
+    assert plan == MemoryPlan(2, False, True, True, 10 * MB + 7 * MB + (HELD + 64 * 64 * 32 * 4 * 8) + 100 * MB, keep=True)
     assert STREAM.held_bytes(1, False) == HELD == 2 * STREAM.held_bytes(1, True)
+
+
+def test_freed_memory_is_kept_where_twice_the_work_of_a_tile_fits_beside_it_and_never_on_a_card() -> None:
+    most = plan_memory(LOAD, 2, 1 << 40)
+    assert plan_memory(LOAD, 2, most.ram_bytes + 200 * MB) == most
+    assert not plan_memory(LOAD, 2, most.ram_bytes + 200 * MB - 1).keep
+    assert not plan_memory(LOAD, 2, 1 << 40, 1 << 40).keep
 
 
 def test_tiles_at_once_go_first_then_reading_ahead_then_precision() -> None:

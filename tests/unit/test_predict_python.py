@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from autoseg.errors import GeometryError
+from autoseg.files.allocator import give_back
 from autoseg.inference import ImagePrediction, Member, Model, Prediction
 from autoseg.inference.foreign import from_foreign, is_foreign
-from autoseg.inference.memory import give_back, resident_bytes
+from autoseg.inference.memory import resident_bytes
 from autoseg.networks.build import build
 from autoseg.networks.describe import describe
 from autoseg.types.labels import Label, Labels
