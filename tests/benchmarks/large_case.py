@@ -130,7 +130,7 @@ def main() -> None:
                        str(folder), "-f", "0", "-device", "cpu", "--disable_tta"]
         print(f"{who}: {limited(command, environment, given.scratch / f'large_{who}.log', limit, given.timeout)}", flush=True)
         for path in out.glob("*.nii.gz"):
-            mask = sitk.GetArrayViewFromImage(sitk.ReadImage(str(path)))
+            mask = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
             print(f"  mask {mask.shape} with {len(np.unique(mask))} classes")
 
 
