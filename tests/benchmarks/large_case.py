@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +58,11 @@ def group(limit: int) -> Iterator[Path | None]:
         yield made
     finally:
         if made is not None:
+            while left := (made / "cgroup.procs").read_text().split():  # helpers of one that was ended
+                for pid in left:
+                    with suppress(ProcessLookupError):
+                        os.kill(int(pid), signal.SIGKILL)
+                time.sleep(0.2)
             made.rmdir()
 
 
@@ -75,10 +80,8 @@ def limited(command: Sequence[str], environment: dict[str, str], log: Path, limi
             if late or (folder is None and now[1] > limit):
                 why = "ended after the time allowed" if late else "ended at the limit"
                 for pid in reversed(tree(process.pid)):
-                    try:
+                    with suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
-                    except ProcessLookupError:
-                        continue
                 process.wait()
             time.sleep(0.5)
         guard = "watchman" if folder is None else "control group"
