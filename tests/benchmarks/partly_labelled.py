@@ -1,6 +1,7 @@
 """Labels that half of the cases lack: a fold trained on partly annotated cases beside one trained on complete cases.
 
-    python tests/benchmarks/partly_labelled.py --data DATA --scratch DIR [--steps 500] [--batch 2] [--seed 0] [--untold]
+    python tests/benchmarks/partly_labelled.py --data DATA --scratch DIR [--steps 500] [--batch 2] [--seed 0]
+        [--preset standard] [--untold]
 
 DATA has images/, labels/ and a dataset.json with two labels. In the partly annotated data set every other case keeps the first
 label and the others keep the second; what is taken away becomes background in the label file, and `labelled` in dataset.json says
@@ -44,7 +45,7 @@ def make_partly(data: Path, out: Path, labels: Labels, told: bool) -> Path:
     return out
 
 
-def train(data: Path, work: Path, splits: Path | None, steps: int, batch: int, seed: int) -> Path:
+def train(data: Path, work: Path, splits: Path | None, steps: int, batch: int, seed: int, preset: str) -> Path:
     """Plan and train fold 0; returns the folder of its validation masks."""
     autoseg = [sys.executable, "-m", "autoseg.cli"]
     subprocess.run([*autoseg, "plan", str(data), "--out", str(work)], check=True)
@@ -53,7 +54,7 @@ def train(data: Path, work: Path, splits: Path | None, steps: int, batch: int, s
     settings = [f"steps_per_epoch={STEPS_PER_EPOCH}", "val_steps=1", f"batch_size={batch}", f"seed={seed}"]
     epochs = str(max(1, steps // STEPS_PER_EPOCH))
     subprocess.run([
-        *autoseg, "train", str(work), "--config", CONFIGURATION, "--folds", "0", "--epochs", epochs,
+        *autoseg, "train", str(work), "--config", CONFIGURATION, "--folds", "0", "--epochs", epochs, "--preset", preset,
         *(part for setting in settings for part in ("--set", setting)),
     ], check=True)
     return work / "runs" / CONFIGURATION / "fold_0" / "validation"
@@ -66,13 +67,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--preset", default="standard")
     parser.add_argument("--untold", action="store_true")
     given = parser.parse_args()
     labels = describe_beside(given.data / "dataset.json")[0].labels
     assert labels is not None and len(labels.foreground) == 2, "dataset.json must declare two labels"
     shutil.rmtree(given.scratch, ignore_errors=True)
     work = {"complete": given.scratch / "complete"}
-    length = (given.steps, given.batch, given.seed)
+    length = (given.steps, given.batch, given.seed, given.preset)
     masks = {"complete": train(given.data, work["complete"], None, *length)}
     splits = work["complete"] / "splits.json"
     for name, told in (("partly", True), *((("untold", False),) if given.untold else ())):
@@ -83,7 +85,7 @@ def main() -> None:
     found = {}
     for name, folder in masks.items():
         found[name] = evaluate(folder, {case: references[case] for case in wanted}, labels).mean
-    print(f"Dice of {len(wanted)} completely annotated validation cases after {given.steps} steps at batch {given.batch}")
+    print(f"Dice of {len(wanted)} completely annotated validation cases after {given.steps} steps at batch {given.batch}, preset {given.preset}")
     print(f"{'label':16}" + "".join(f"{name:>10}" for name in found) + f"{'difference':>12}")
     gaps, lowest = [], 1.0
     for label in labels.foreground:
