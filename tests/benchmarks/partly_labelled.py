@@ -74,18 +74,19 @@ def main() -> None:
     assert labels is not None and len(labels.foreground) == 2, "dataset.json must declare two labels"
     shutil.rmtree(given.scratch, ignore_errors=True)
     work = {"complete": given.scratch / "complete"}
-    length = (given.steps, given.batch, given.seed, given.preset)
-    masks = {"complete": train(given.data, work["complete"], None, *length)}
+    options = (given.steps, given.batch, given.seed, given.preset)
+    masks = {"complete": train(given.data, work["complete"], None, *options)}
     splits = work["complete"] / "splits.json"
     for name, told in (("partly", True), *((("untold", False),) if given.untold else ())):
         data = make_partly(given.data, given.scratch / f"data_{name}", labels, told)
-        masks[name] = train(data, given.scratch / name, splits, *length)
+        masks[name] = train(data, given.scratch / name, splits, *options)
     wanted = Workspace(given.scratch / "complete").splits()[0].val
     references = {split_ending(p.name)[0]: p for p in (given.data / "labels").iterdir()}
     found = {}
     for name, folder in masks.items():
         found[name] = evaluate(folder, {case: references[case] for case in wanted}, labels).mean
-    print(f"Dice of {len(wanted)} completely annotated validation cases after {given.steps} steps at batch {given.batch}, preset {given.preset}")
+    length = f"{given.steps} steps at batch {given.batch}, preset {given.preset}"
+    print(f"Dice of {len(wanted)} completely annotated validation cases after {length}")
     print(f"{'label':16}" + "".join(f"{name:>10}" for name in found) + f"{'difference':>12}")
     gaps, lowest = [], 1.0
     for label in labels.foreground:
