@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -50,7 +51,7 @@ class Peer:
         server = [str(venv / "bin" / "python"), str(Path(__file__).with_name("peer_trainer.py"))]
         self._process = subprocess.Popen(
             [*server, NAME, CONFIGURATION, "0", str(batch), str(threads)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=log.open("w"), text=True,
+            stderr=log.open("w"), text=True, start_new_session=True,
             env={**environment, "nnUNet_n_proc_DA": str(workers), "OMP_NUM_THREADS": str(threads)},
         )
         self._log = log
@@ -70,7 +71,7 @@ class Peer:
         return dict(json.loads(line))
 
     def close(self) -> None:
-        self._process.terminate()
+        os.killpg(self._process.pid, signal.SIGKILL)  # its augmentation workers too
         self._process.wait()
 
 
