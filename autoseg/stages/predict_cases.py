@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from autoseg.arrays.unusual import combined, describe_image, describe_mask, unusual, voxel_counts
 from autoseg.errors import AutosegError, CasesFailed
+from autoseg.files.allocator import give_back
 from autoseg.files.images import read_case, read_header, write_label, write_probabilities
 from autoseg.files.masks import MaskFolder
 from autoseg.logs import Reporter
@@ -68,8 +69,6 @@ def predict_cases(work: Work, todo: Sequence[CaseFiles], reporter: Reporter, nam
     Raises:
         CasesFailed: some cases failed; they are listed, the rest is done.
     """
-    from autoseg.files.allocator import give_back
-
     failed: dict[str, str] = {}
     short: list[CaseFiles] = []  # out of memory while others were in work: tried once more alone
 

@@ -139,7 +139,7 @@ def test_memory_is_given_back_when_finished_cases_are_let_go(monkeypatch: pytest
     def look() -> None:
         kept.append([one.case for one in model.decided if one.case in folder.done])
 
-    monkeypatch.setattr("autoseg.inference.memory.give_back", look)
+    monkeypatch.setattr("autoseg.stages.predict_cases.give_back", look)
     predict_cases(Work(cast(Any, model), cast(Any, folder), Wishes()), CASES, SILENT, "predict")
     assert folder.done == ["a", "b", "c"] and len(kept) >= 3 and not any(kept)
 
