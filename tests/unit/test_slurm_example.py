@@ -24,6 +24,16 @@ def job(folder: Path, training: str) -> subprocess.Popen[str]:
     return subprocess.Popen(["bash", SCRIPT, "work", "--set", "a=b c"], env=environment, stdout=subprocess.PIPE, text=True)
 
 
+def stop(child: subprocess.Popen[str], begun: Path) -> None:
+    """Send SIGTERM once the launcher runs, and wait for the end."""
+    limit = time.monotonic() + 20
+    while not begun.exists() and time.monotonic() < limit:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    child.send_signal(signal.SIGTERM)
+    child.communicate(timeout=20)
+
+
 def test_bash_can_read_it() -> None:
     subprocess.run(["bash", "-n", SCRIPT], check=True)
     assert os.access(SCRIPT, os.X_OK)
@@ -34,24 +44,14 @@ def test_a_stopped_training_saves_and_goes_back_into_the_queue(tmp_path: Path) -
 trap 'sleep 0.3; echo saved > {tmp_path}/state; exit 143' TERM
 echo "$3" > {tmp_path}/begun
 while true; do sleep 0.05; done""")
-    limit = time.monotonic() + 20
-    while not (tmp_path / "begun").exists() and time.monotonic() < limit:
-        time.sleep(0.01)
-    time.sleep(0.1)
-    child.send_signal(signal.SIGTERM)
-    child.communicate(timeout=20)
+    stop(child, tmp_path / "begun")
     assert child.returncode == 143 and (tmp_path / "state").exists()
     assert (tmp_path / "queue").read_text() == "requeue 42\n"
 
 
 def test_a_launcher_that_ends_with_another_code_after_the_signal_goes_back_into_the_queue_too(tmp_path: Path) -> None:
     child = job(tmp_path, f"trap 'exit 1' TERM\ntouch {tmp_path}/begun\nwhile true; do sleep 0.05; done")
-    limit = time.monotonic() + 20
-    while not (tmp_path / "begun").exists() and time.monotonic() < limit:
-        time.sleep(0.01)
-    time.sleep(0.1)
-    child.send_signal(signal.SIGTERM)
-    child.communicate(timeout=20)
+    stop(child, tmp_path / "begun")
     assert child.returncode == 1 and (tmp_path / "queue").read_text() == "requeue 42\n"
 
 
